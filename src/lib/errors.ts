@@ -6,58 +6,159 @@
  */
 export const ERROR_CATALOGUE = {
   INVALID_INPUT: { retryable: false, remedy: 'Correct the named field and send the request again.' },
-  CONFIG_INVALID: { retryable: false, remedy: 'Correct the named setting; `holdfast config show` lists all of them.' },
+  CONFIG_INVALID: {
+    retryable: false,
+    remedy: 'Correct the named setting; `holdfast config show` lists all of them.',
+  },
   UNAUTHENTICATED: { retryable: false, remedy: 'Send a bearer token made with `holdfast token create`.' },
   NOT_FOUND: { retryable: false, remedy: 'List the resources of this kind and use an id from the list.' },
   CONFLICT: { retryable: false, remedy: 'Look at the current state of the resource and decide again.' },
   IDEMPOTENCY_MISMATCH: { retryable: false, remedy: 'Use a new Idempotency-Key for a different request.' },
-  RUN_ACTIVE: { retryable: false, remedy: 'Wait for the running job to end, cancel it, or ask for the request to be queued.' },
+  RUN_ACTIVE: {
+    retryable: false,
+    remedy: 'Wait for the running job to end, cancel it, or ask for the request to be queued.',
+  },
   RUN_NOT_ACTIVE: { retryable: false, remedy: 'Nothing to do: the run has already ended.' },
-  INTERRUPTED: { retryable: false, remedy: 'The daemon stopped during the run. Its leftovers were removed; start the job again.' },
+  INTERRUPTED: {
+    retryable: false,
+    remedy: 'The daemon stopped during the run. Its leftovers were removed; start the job again.',
+  },
 
-  REPOSITORY_OFFLINE: { retryable: true, remedy: 'Mount the repository directory; its holdfast.json must be readable.' },
-  REPOSITORY_FULL: { retryable: false, remedy: 'Free space in the repository or delete old points; the reserve is kept for merging.' },
-  REPOSITORY_READ_ONLY: { retryable: false, remedy: 'Mount the repository read-write and check its permissions.' },
-  REPOSITORY_LOCKED: { retryable: true, remedy: 'Another run holds the lease named in the details; wait for it to end.' },
-  REPOSITORY_FOREIGN: { retryable: false, remedy: 'The repository belongs to another appliance; take it over explicitly if that one is gone.' },
-  REPOSITORY_FORMAT: { retryable: false, remedy: 'Use a Holdfast version that knows this repository format.' },
-  REPOSITORY_EXISTS: { retryable: false, remedy: 'Choose an empty directory, or add the existing repository as it is.' },
-  REPOSITORY_IO: { retryable: true, remedy: 'Check the storage under the repository; the system error is in the cause.' },
-  LEASE_LOST: { retryable: true, remedy: 'Another writer took the lease over; the run was stopped before it changed anything more.' },
-  MANIFEST_UNREADABLE: { retryable: false, remedy: 'Run `holdfast repository check`; nothing of this VM is removed until the manifest reads again.' },
-  LAYER_NOT_FOUND: { retryable: false, remedy: 'Run `holdfast repository check`; start the next backup as a full.' },
-  LAYER_CORRUPT: { retryable: false, remedy: 'Run `holdfast repository check`; restore from another point and start the next backup as a full.' },
-  CHAIN_BROKEN: { retryable: false, remedy: 'Run `holdfast repository check`; start the next backup as a full.' },
-  PARENT_MISMATCH: { retryable: false, remedy: 'The change record does not count from the parent layer; run a full backup.' },
-  POINT_NOT_FOUND: { retryable: false, remedy: 'List the points with `holdfast backup list` and use an id from the list.' },
-  POINT_HAS_DEPENDENTS: { retryable: false, remedy: 'Delete the points listed in the details first, newest first.' },
+  REPOSITORY_OFFLINE: {
+    retryable: true,
+    remedy: 'Mount the repository directory; its holdfast.json must be readable.',
+  },
+  REPOSITORY_FULL: {
+    retryable: false,
+    remedy: 'Free space in the repository or delete old points; the reserve is kept for merging.',
+  },
+  REPOSITORY_READ_ONLY: {
+    retryable: false,
+    remedy: 'Mount the repository read-write and check its permissions.',
+  },
+  REPOSITORY_LOCKED: {
+    retryable: true,
+    remedy: 'Another run holds the lease named in the details; wait for it to end.',
+  },
+  REPOSITORY_FOREIGN: {
+    retryable: false,
+    remedy: 'The repository belongs to another appliance; take it over explicitly if that one is gone.',
+  },
+  REPOSITORY_FORMAT: {
+    retryable: false,
+    remedy: 'Use a Holdfast version that knows this repository format.',
+  },
+  REPOSITORY_EXISTS: {
+    retryable: false,
+    remedy: 'Choose an empty directory, or add the existing repository as it is.',
+  },
+  REPOSITORY_IO: {
+    retryable: true,
+    remedy: 'Check the storage under the repository; the system error is in the cause.',
+  },
+  LEASE_LOST: {
+    retryable: true,
+    remedy: 'Another writer took the lease over; the run was stopped before it changed anything more.',
+  },
+  MANIFEST_UNREADABLE: {
+    retryable: false,
+    remedy: 'Run `holdfast repository check`; nothing of this VM is removed until the manifest reads again.',
+  },
+  LAYER_NOT_FOUND: {
+    retryable: false,
+    remedy: 'Run `holdfast repository check`; start the next backup as a full.',
+  },
+  LAYER_CORRUPT: {
+    retryable: false,
+    remedy:
+      'Run `holdfast repository check`; restore from another point and start the next backup as a full.',
+  },
+  CHAIN_BROKEN: {
+    retryable: false,
+    remedy: 'Run `holdfast repository check`; start the next backup as a full.',
+  },
+  PARENT_MISMATCH: {
+    retryable: false,
+    remedy: 'The change record does not count from the parent layer; run a full backup.',
+  },
+  POINT_NOT_FOUND: {
+    retryable: false,
+    remedy: 'List the points with `holdfast backup list` and use an id from the list.',
+  },
+  POINT_HAS_DEPENDENTS: {
+    retryable: false,
+    remedy: 'Delete the points listed in the details first, newest first.',
+  },
   POINT_IN_USE: { retryable: false, remedy: 'Wait until the run named in the details has ended.' },
 
-  SOURCE_UNREACHABLE: { retryable: true, remedy: 'Check that the source is running and reachable at the given address.' },
-  SOURCE_REFUSED: { retryable: false, remedy: 'Check the export name, TLS settings and permissions on the source.' },
-  SOURCE_SIZE_MISMATCH: { retryable: false, remedy: 'The size differs from what was recorded; refresh the disk with `holdfast vm show` and run again.' },
+  SOURCE_UNREACHABLE: {
+    retryable: true,
+    remedy: 'Check that the source is running and reachable at the given address.',
+  },
+  SOURCE_REFUSED: {
+    retryable: false,
+    remedy: 'Check the export name, TLS settings and permissions on the source.',
+  },
+  SOURCE_SIZE_MISMATCH: {
+    retryable: false,
+    remedy:
+      'The size differs from what was recorded; refresh the disk with `holdfast vm show` and run again.',
+  },
   SOURCE_FORMAT: { retryable: false, remedy: 'State the right image format; Holdfast never guesses one.' },
   BITMAP_MISSING: { retryable: false, remedy: 'Run with type auto or full; a full backup needs no bitmap.' },
-  BITMAP_INCONSISTENT: { retryable: false, remedy: 'Run with type auto or full, and make a new bitmap after it.' },
-  INCREMENTAL_IMPOSSIBLE: { retryable: false, remedy: 'Run with type auto or full; the reason is in the message.' },
-  NBD_URI_INVALID: { retryable: false, remedy: 'Give an NBD URI such as nbd://host:10809/export or nbd+unix:///export?socket=/path.' },
-  NBD_CONNECT: { retryable: true, remedy: 'Check that the NBD server is running and reachable at the given address.' },
-  NBD_PROTOCOL: { retryable: true, remedy: 'The NBD server broke the protocol or closed the connection; look at its log.' },
-  NBD_REQUEST: { retryable: true, remedy: 'The NBD server answered a request with an error; look at its log and at the disk under it.' },
-  NBD_STALLED: { retryable: true, remedy: 'The NBD server stopped answering; look at its log and at the network.' },
+  BITMAP_INCONSISTENT: {
+    retryable: false,
+    remedy: 'Run with type auto or full, and make a new bitmap after it.',
+  },
+  INCREMENTAL_IMPOSSIBLE: {
+    retryable: false,
+    remedy: 'Run with type auto or full; the reason is in the message.',
+  },
+  NBD_URI_INVALID: {
+    retryable: false,
+    remedy: 'Give an NBD URI such as nbd://host:10809/export or nbd+unix:///export?socket=/path.',
+  },
+  NBD_CONNECT: {
+    retryable: true,
+    remedy: 'Check that the NBD server is running and reachable at the given address.',
+  },
+  NBD_PROTOCOL: {
+    retryable: true,
+    remedy: 'The NBD server broke the protocol or closed the connection; look at its log.',
+  },
+  NBD_REQUEST: {
+    retryable: true,
+    remedy: 'The NBD server answered a request with an error; look at its log and at the disk under it.',
+  },
+  NBD_STALLED: {
+    retryable: true,
+    remedy: 'The NBD server stopped answering; look at its log and at the network.',
+  },
   NBD_CLOSED: { retryable: false, remedy: 'The connection was closed; open a new one.' },
 
   TARGET_EXISTS: { retryable: false, remedy: 'Choose another path, or allow overwriting.' },
   TARGET_TOO_SMALL: { retryable: false, remedy: 'Choose a target at least as large as the disk.' },
-  TARGET_IN_USE: { retryable: false, remedy: 'Unmount or release the device first; a mounted device is never written.' },
-  TARGET_NOT_EMPTY: { retryable: false, remedy: 'The target already holds data; allow overwriting if it may be lost.' },
+  TARGET_IN_USE: {
+    retryable: false,
+    remedy: 'Unmount or release the device first; a mounted device is never written.',
+  },
+  TARGET_NOT_EMPTY: {
+    retryable: false,
+    remedy: 'The target already holds data; allow overwriting if it may be lost.',
+  },
   TARGET_FULL: { retryable: false, remedy: 'Free space where the restore is written.' },
   TARGET_IO: { retryable: false, remedy: 'Check the target; the system error is in the cause.' },
-  TARGET_FORBIDDEN: { retryable: false, remedy: 'Choose a path outside the repositories and the daemon state.' },
+  TARGET_FORBIDDEN: {
+    retryable: false,
+    remedy: 'Choose a path outside the repositories and the daemon state.',
+  },
 
   QUEUE_UNAVAILABLE: { retryable: true, remedy: 'Check that Redis is running and reachable.' },
   DATABASE_UNAVAILABLE: { retryable: true, remedy: 'Check that the database is running and reachable.' },
-  TOOL_MISSING: { retryable: false, remedy: 'Install the named tool; `holdfast doctor` lists what is missing.' },
+  TOOL_MISSING: {
+    retryable: false,
+    remedy: 'Install the named tool; `holdfast doctor` lists what is missing.',
+  },
   TOOL_FAILED: { retryable: false, remedy: 'The message of the tool is in the details.' },
   TIMEOUT: { retryable: true, remedy: 'The step did not end in its time; look at what it waited for.' },
   CANCELLED: { retryable: false, remedy: 'The run was cancelled; nothing to do.' },

@@ -236,7 +236,12 @@ export async function startServer(
         }
         return (await options.isReady()) ? true : undefined;
       },
-      { timeoutMs: options.readyTimeoutMs, what: `${tool} becoming ready`, intervalMs: 5, signal: options.signal },
+      {
+        timeoutMs: options.readyTimeoutMs,
+        what: `${tool} becoming ready`,
+        intervalMs: 5,
+        signal: options.signal,
+      },
     );
   } catch (error) {
     await server.stop();

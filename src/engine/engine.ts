@@ -1,0 +1,140 @@
+import type { DiskId, PointId, RepositoryId, RunId, TokenId, VmId } from '../lib/id.js';
+import type { HashAlgorithm } from '../nbd/index.js';
+import type { DiskSource } from '../source/source.js';
+import type {
+  BackupStats,
+  BackupType,
+  BackupView,
+  ChainView,
+  ComponentHealth,
+  DoctorFinding,
+  Page,
+  PageRequest,
+  RepositoryView,
+  RestoreDisk,
+  RunEvent,
+  RunKind,
+  RunState,
+  RunView,
+  TokenView,
+  VmView,
+} from './types.js';
+
+/** Who asks, for the audit log. */
+export interface Actor {
+  tokenId: TokenId;
+  tokenName: string;
+}
+
+export interface NewRepository {
+  name: string;
+  /** Absolute path. */
+  root: string;
+  hash: HashAlgorithm;
+  /** create: an empty or absent directory becomes a repository; open: an existing one is added, and rescanned. */
+  mode: 'create' | 'open';
+  /** With open: take it over from another appliance. */
+  takeover: boolean;
+}
+
+export interface NewVm {
+  name: string;
+  disks: { name: string; source: DiskSource }[];
+}
+
+export interface BackupRequest {
+  vmId: VmId;
+  repositoryId: RepositoryId;
+  type: BackupType;
+  /** Bitmaps the user vouches for. */
+  bitmaps: { diskId: DiskId; name: string; sincePointId: PointId }[];
+  /** Source read limit, 0 for none. */
+  bytesPerSecond: number;
+  /** When another run of this VM and repository is active: refuse (RUN_ACTIVE), or wait in the queue. */
+  whenBusy: 'refuse' | 'queue';
+}
+
+export interface RestoreRequest {
+  pointId: PointId;
+  /** Empty is refused; list every disk wanted. */
+  disks: RestoreDisk[];
+  overwrite: boolean;
+  /** Write what is there although hashes disagree; the damage is counted in the result. */
+  acceptDamage: boolean;
+}
+
+export interface RunFilter {
+  kind?: RunKind | undefined;
+  state?: RunState | undefined;
+  vmId?: VmId | undefined;
+}
+
+/**
+ * The use cases, as the API, CLI and workers call them. All methods reject with AppError. What takes
+ * long answers a queued run at once; the run's row is the truth about it.
+ */
+export interface Engine {
+  createRepository(input: NewRepository, actor: Actor): Promise<RepositoryView>;
+  listRepositories(page: PageRequest): Promise<Page<RepositoryView>>;
+  getRepository(id: RepositoryId): Promise<RepositoryView>;
+  checkRepository(
+    id: RepositoryId,
+    options: { content: boolean; vmId: VmId | null; pointId: PointId | null },
+    actor: Actor,
+  ): Promise<RunView>;
+  rescanRepository(id: RepositoryId, actor: Actor): Promise<RunView>;
+
+  addVm(input: NewVm, actor: Actor): Promise<VmView>;
+  listVms(page: PageRequest): Promise<Page<VmView>>;
+  getVm(id: VmId): Promise<VmView>;
+  /** CONFLICT while it has points or active runs. */
+  removeVm(id: VmId, actor: Actor): Promise<void>;
+
+  requestBackup(input: BackupRequest, actor: Actor): Promise<RunView>;
+  /** Newest first. */
+  listBackups(
+    filter: { vmId?: VmId | undefined; repositoryId?: RepositoryId | undefined },
+    page: PageRequest,
+  ): Promise<Page<BackupView>>;
+  getBackup(id: PointId): Promise<BackupView>;
+  getBackupChain(id: PointId): Promise<ChainView[]>;
+  getBackupStats(filter: {
+    vmId?: VmId | undefined;
+    repositoryId?: RepositoryId | undefined;
+  }): Promise<BackupStats>;
+  /** POINT_HAS_DEPENDENTS lists them in `details.dependents`. */
+  requestDelete(id: PointId, actor: Actor): Promise<RunView>;
+
+  requestRestore(input: RestoreRequest, actor: Actor): Promise<RunView>;
+
+  listRuns(filter: RunFilter, page: PageRequest): Promise<Page<RunView>>;
+  getRun(id: RunId): Promise<RunView>;
+  getRunLog(id: RunId, afterSequence: number, limit: number): Promise<RunEvent[]>;
+  /** RUN_NOT_ACTIVE when it has ended. A queued run ends at once, a running one within two seconds. */
+  cancelRun(id: RunId, actor: Actor): Promise<RunView>;
+  /** The run now and at each change (at most one in 500 ms) until it has ended or the signal aborts. */
+  watchRun(id: RunId, signal: AbortSignal): AsyncIterable<RunView>;
+
+  /** The token's text is answered here once and kept only as a hash. */
+  createToken(name: string, actor: Actor | null): Promise<{ token: TokenView; secret: string }>;
+  listTokens(): Promise<TokenView[]>;
+  revokeToken(id: TokenId, actor: Actor): Promise<void>;
+  /** Null for an unknown or revoked token. */
+  authenticate(secret: string): Promise<Actor | null>;
+
+  /** The earlier answer to this key by this token, CONFLICT while it is still under way, IDEMPOTENCY_MISMATCH for another request. */
+  findIdempotent(key: IdempotencyKey): Promise<{ status: number; body: unknown } | null>;
+  saveIdempotent(key: IdempotencyKey, answer: { status: number; body: unknown }): Promise<void>;
+  /** Frees the key after a request that failed, so that it can be sent again. */
+  dropIdempotent(key: IdempotencyKey): Promise<void>;
+
+  health(): Promise<ComponentHealth[]>;
+  doctor(): Promise<DoctorFinding[]>;
+}
+
+export interface IdempotencyKey {
+  tokenId: TokenId;
+  key: string;
+  /** SHA-256 of method, path and body. */
+  requestHash: string;
+}

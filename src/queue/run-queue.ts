@@ -1,0 +1,22 @@
+import type { RunId, RunKind } from './payload.js';
+
+/** Puts runs into the queue and takes them off; the run's row in the database stays the truth. */
+export interface RunQueue extends AsyncDisposable {
+  /**
+   * Adds the run; adding it again is harmless (the job id is the run id and attempt). `delayMs` for
+   * a retry's back-off. Rejects with QUEUE_UNAVAILABLE when Redis does not answer within its deadline.
+   */
+  add(run: { runId: RunId; kind: RunKind; attempt: number }, options?: { delayMs?: number }): Promise<void>;
+  ping(timeoutMs: number): Promise<void>;
+}
+
+/**
+ * Executes one run to its end. Never rejects for a failed run (the row records it); a rejection is a
+ * fault in Holdfast or an unreachable database, and the job is tried again.
+ */
+export type RunExecutor = (runId: RunId, signal: AbortSignal) => Promise<void>;
+
+export interface RunWorkers extends AsyncDisposable {
+  /** Stops taking jobs; running ones are aborted through their signal and awaited within the time. */
+  stop(timeoutMs: number): Promise<void>;
+}
