@@ -1,10 +1,7 @@
 import { z } from 'zod';
 import { isUlid, type RunId } from '../lib/id.js';
 
-export type { RunId };
-
 export const runKindSchema = z.enum(['backup', 'restore', 'check', 'rescan', 'delete']);
-export type RunKind = z.infer<typeof runKindSchema>;
 
 /** What a job carries: ids only. */
 export const runPayloadSchema = z.strictObject({

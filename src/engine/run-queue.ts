@@ -1,6 +1,10 @@
-import type { RunId, RunKind } from './payload.js';
+import type { RunId } from '../lib/id.js';
+import type { RunKind } from './types.js';
 
-/** Puts runs into the queue and takes them off; the run's row in the database stays the truth. */
+/**
+ * The queue as the engine sees it (implemented in src/queue over BullMQ).
+ * Puts runs into the queue and takes them off; the run's row in the database stays the truth.
+ */
 export interface RunQueue extends AsyncDisposable {
   /**
    * Adds the run; adding it again is harmless (the job id is the run id and attempt). `delayMs` for
@@ -15,8 +19,3 @@ export interface RunQueue extends AsyncDisposable {
  * fault in Holdfast or an unreachable database, and the job is tried again.
  */
 export type RunExecutor = (runId: RunId, signal: AbortSignal) => Promise<void>;
-
-export interface RunWorkers extends AsyncDisposable {
-  /** Stops taking jobs; running ones are aborted through their signal and awaited within the time. */
-  stop(timeoutMs: number): Promise<void>;
-}
