@@ -41,8 +41,8 @@ export interface ToolResult {
   exitCode: number;
 }
 
+/** The one place that hands a minimal environment to children. */
 const TOOL_ENV = (): NodeJS.ProcessEnv => ({
-  // eslint-disable-next-line n/no-process-env -- the one place that hands a minimal environment to children
   PATH: process.env['PATH'] ?? '/usr/sbin:/usr/bin:/sbin:/bin',
   LC_ALL: 'C',
 });
