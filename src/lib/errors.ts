@@ -11,6 +11,18 @@ export const ERROR_CATALOGUE = {
     remedy: 'Correct the named setting; `holdfast config show` lists all of them.',
   },
   UNAUTHENTICATED: { retryable: false, remedy: 'Send a bearer token made with `holdfast token create`.' },
+  TOO_MANY_REQUESTS: {
+    retryable: true,
+    remedy: 'Wait for the time named in Retry-After, then use a valid token.',
+  },
+  HOST_REFUSED: {
+    retryable: false,
+    remedy:
+      'Use the address the daemon listens on, or add the host name to the allowed hosts in its configuration.',
+  },
+  METHOD_NOT_ALLOWED: { retryable: false, remedy: 'Use a method named in the Allow header.' },
+  BODY_TOO_LARGE: { retryable: false, remedy: 'Send a smaller body.' },
+  MEDIA_TYPE_UNSUPPORTED: { retryable: false, remedy: 'Send JSON, with Content-Type application/json.' },
   NOT_FOUND: { retryable: false, remedy: 'List the resources of this kind and use an id from the list.' },
   CONFLICT: { retryable: false, remedy: 'Look at the current state of the resource and decide again.' },
   IDEMPOTENCY_MISMATCH: { retryable: false, remedy: 'Use a new Idempotency-Key for a different request.' },
