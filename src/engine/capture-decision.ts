@@ -1,0 +1,185 @@
+import type {
+  CaptureMethod,
+  CaptureReason,
+  CaptureReasonCode,
+  PointManifest,
+} from '../../repository/index.js';
+import { AppError } from '../lib/errors.js';
+import type { DiskId, LayerId, PointId } from '../lib/id.js';
+import { pointOfBitmap } from '../source/bitmap-name.js';
+import type { ChangeTracking, SourceProbe, StatedBitmap } from '../source/source.js';
+import type { BackupType } from './types.js';
+
+/** The newest layer of the disk and the points under it, newest first, whose change ids it may count from. */
+export interface DiskHead {
+  pointId: PointId;
+  layerId: LayerId;
+  sizeBytes: number;
+  lineage: string;
+  /** The head point and its ancestors in the same chain and lineage, newest first. */
+  ancestors: { pointId: PointId; changeIdTo: string }[];
+}
+
+export interface CaptureInput {
+  type: BackupType;
+  diskName: string;
+  tracking: ChangeTracking;
+  probe: SourceProbe;
+  head: DiskHead | null;
+  /** Why the head's chain cannot be built upon, when it cannot. */
+  damage: string | null;
+  stated: StatedBitmap | null;
+}
+
+export interface CaptureDecision {
+  method: CaptureMethod;
+  reason: CaptureReason;
+  parent: { pointId: PointId; layerId: LayerId; sizeBytes: number } | null;
+  bitmap: string | null;
+  changeIdFrom: string | null;
+}
+
+/**
+ * Decides how one disk is captured. Pure. A bitmap is used only when it provably began at the head
+ * point or an ancestor of it (DESIGN.md, section 4); a full is chosen when nothing can be built upon;
+ * everything else is compared with the last point. With type `incremental` whatever would end in a
+ * full is an error instead.
+ */
+export function decideCapture(input: CaptureInput): CaptureDecision {
+  const { head, probe, type } = input;
+  if (type === 'full') return full('REQUESTED', 'a full backup was asked for');
+  if (head === null) return fullUnlessInsisted(input, 'FIRST_POINT', 'there is no point to stand on yet');
+  if (input.damage !== null) {
+    return fullUnlessInsisted(
+      input,
+      'PARENT_DAMAGED',
+      `the last point cannot be built upon: ${input.damage}`,
+    );
+  }
+  if (head.lineage !== probe.lineage) {
+    return fullUnlessInsisted(input, 'DISK_REPLACED', 'the disk is another one than at the last point');
+  }
+  if (probe.sizeBytes < head.sizeBytes) {
+    return fullUnlessInsisted(
+      input,
+      'DISK_SHRANK',
+      `the disk shrank from ${head.sizeBytes} to ${probe.sizeBytes} bytes`,
+    );
+  }
+  if (input.stated !== null) return decideStated(input, head, input.stated);
+  if (input.tracking === 'compare') {
+    return compare(head, 'NO_CHANGE_RECORD', 'the disk is set to be compared with the last point');
+  }
+  return decideOffered(input, head);
+}
+
+function decideStated(input: CaptureInput, head: DiskHead, stated: StatedBitmap): CaptureDecision {
+  const record = input.probe.records.find(({ bitmap }) => bitmap === stated.name);
+  if (record === undefined) {
+    return fullUnlessInsisted(input, 'BITMAP_MISSING', `the source offers no bitmap ${stated.name}`);
+  }
+  if (record.isInconsistent) {
+    return fullUnlessInsisted(input, 'BITMAP_INCONSISTENT', `the bitmap ${stated.name} is inconsistent`);
+  }
+  const since = head.ancestors.find(({ pointId }) => pointId === stated.sincePointId);
+  if (since === undefined) {
+    return compare(
+      head,
+      'BITMAP_UNPROVEN',
+      `the bitmap ${stated.name} is said to count from a point the chain does not stand on`,
+    );
+  }
+  return incremental(head, stated.name, since);
+}
+
+/** Among the offered bitmaps, the one that counts from the youngest point of the chain. */
+function decideOffered(input: CaptureInput, head: DiskHead): CaptureDecision {
+  const { records } = input.probe;
+  for (const since of head.ancestors) {
+    const record = records.find(({ bitmap }) => pointOfBitmap(bitmap) === since.pointId);
+    if (record === undefined) continue;
+    if (record.isInconsistent) {
+      return fullUnlessInsisted(input, 'BITMAP_INCONSISTENT', `the bitmap ${record.bitmap} is inconsistent`);
+    }
+    return incremental(head, record.bitmap, since);
+  }
+  if (records.length > 0) {
+    return compare(
+      head,
+      'BITMAP_UNPROVEN',
+      'no bitmap of the source carries the id of a point of this chain, so nothing proves when it began',
+    );
+  }
+  if (input.tracking === 'bitmap') {
+    return fullUnlessInsisted(input, 'BITMAP_MISSING', 'the source offers no bitmap');
+  }
+  return compare(head, 'NO_CHANGE_RECORD', 'the source keeps no record of changes');
+}
+
+function fullUnlessInsisted(input: CaptureInput, code: CaptureReasonCode, sentence: string): CaptureDecision {
+  if (input.type !== 'incremental') return full(code, sentence);
+  const errorCode =
+    code === 'BITMAP_MISSING' || code === 'BITMAP_INCONSISTENT' ? code : 'INCREMENTAL_IMPOSSIBLE';
+  throw new AppError(errorCode, `disk ${input.diskName} cannot be captured incrementally: ${sentence}`, {
+    details: { disk: input.diskName, reason: code },
+  });
+}
+
+function full(code: CaptureReasonCode, sentence: string): CaptureDecision {
+  return { method: 'full', reason: { code, sentence }, parent: null, bitmap: null, changeIdFrom: null };
+}
+
+function compare(head: DiskHead, code: CaptureReasonCode, sentence: string): CaptureDecision {
+  return {
+    method: 'compare',
+    reason: { code, sentence },
+    parent: parentOf(head),
+    bitmap: null,
+    changeIdFrom: null,
+  };
+}
+
+function incremental(
+  head: DiskHead,
+  bitmap: string,
+  since: { pointId: PointId; changeIdTo: string },
+): CaptureDecision {
+  const sentence = `the bitmap ${bitmap} counts from point ${since.pointId}`;
+  return {
+    method: 'bitmap',
+    reason: { code: 'BITMAP', sentence },
+    parent: parentOf(head),
+    bitmap,
+    changeIdFrom: since.changeIdTo,
+  };
+}
+
+function parentOf(head: DiskHead): CaptureDecision['parent'] {
+  return { pointId: head.pointId, layerId: head.layerId, sizeBytes: head.sizeBytes };
+}
+
+/**
+ * The head of a disk among a VM's points (ascending by sequence): the newest point that has the disk,
+ * and the points its chain stands on as far as the lineage stays the same.
+ */
+export function findHead(points: readonly PointManifest[], diskId: DiskId): DiskHead | null {
+  const byId = new Map(points.map((point) => [point.pointId, point]));
+  const newest = points.findLast((point) => point.disks.some((disk) => disk.diskId === diskId));
+  const headDisk = newest?.disks.find((disk) => disk.diskId === diskId);
+  if (newest === undefined || headDisk === undefined) return null;
+  const ancestors: DiskHead['ancestors'] = [];
+  let next: PointId | null = newest.pointId;
+  while (next !== null) {
+    const disk = byId.get(next)?.disks.find((candidate) => candidate.diskId === diskId);
+    if (disk === undefined || disk.sourceLineage !== headDisk.sourceLineage) break;
+    ancestors.push({ pointId: next, changeIdTo: disk.changeIdTo });
+    next = disk.parentPointId;
+  }
+  return {
+    pointId: newest.pointId,
+    layerId: headDisk.layerId,
+    sizeBytes: headDisk.sizeBytes,
+    lineage: headDisk.sourceLineage,
+    ancestors,
+  };
+}

@@ -1,0 +1,44 @@
+import type { ApplianceId } from '../lib/id.js';
+import type { Clock } from '../lib/clock.js';
+import type { Logger } from '../lib/log.js';
+import type { ChildRegistry } from '../lib/process.js';
+import type { Database } from '../db/database.js';
+import type { RepositoryPool } from './repository-pool.js';
+import type { RunQueue } from './run-queue.js';
+
+/** Settings of the engine, plain values from the configuration. Milliseconds and bytes. */
+export interface EngineSettings {
+  runs: {
+    attempts: number;
+    backoffMs: number;
+    heartbeatMs: number;
+    abandonedAfterMs: number;
+    stalledAfterMs: number;
+    failStalledAfterMs: number;
+    progressIntervalMs: number;
+  };
+  nbd: {
+    connectTimeoutMs: number;
+    requestTimeoutMs: number;
+    stallTimeoutMs: number;
+    connections: number;
+    requestBytes: number;
+    requestsInFlight: number;
+  };
+}
+
+/** What every use case works with; built once in the composition root. */
+export interface EngineContext {
+  readonly db: Database;
+  readonly queue: RunQueue;
+  readonly repositories: RepositoryPool;
+  readonly clock: Clock;
+  readonly logger: Logger;
+  readonly applianceId: ApplianceId;
+  /** This process among all that execute runs. */
+  readonly workerId: string;
+  readonly settings: EngineSettings;
+  readonly stateDirectory: string;
+  readonly runtimeDirectory: string;
+  readonly registry: ChildRegistry;
+}

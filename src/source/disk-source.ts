@@ -1,0 +1,44 @@
+import { z } from 'zod';
+import { parseNbdUri } from '../nbd/uri.js';
+import type { DiskSource } from './source.js';
+
+const changeTracking = z.enum(['auto', 'bitmap', 'compare']);
+// eslint-disable-next-line no-control-regex -- a NUL would cut a path short in C
+const absolutePath = z
+  .string()
+  .max(4096)
+  .regex(/^\/[^\u0000]*$/, 'must be an absolute path');
+
+const nbdSchema = z.strictObject({
+  kind: z.literal('nbd'),
+  uri: z.string(),
+  changeTracking: changeTracking.default('auto'),
+  tls: z
+    .strictObject({
+      certificates: absolutePath.optional(),
+      pskFile: absolutePath.optional(),
+      username: z.string().max(255).optional(),
+    })
+    .optional(),
+});
+
+const imageSchema = z.strictObject({
+  kind: z.literal('image'),
+  path: absolutePath,
+  format: z.enum(['raw', 'qcow2']),
+  changeTracking: changeTracking.default('auto'),
+});
+
+const schema = z.discriminatedUnion('kind', [nbdSchema, imageSchema]);
+
+/** Parses a stored or received source; throws zod's error, or NBD_URI_INVALID. */
+export function parseDiskSource(value: unknown): DiskSource {
+  const source = schema.parse(value);
+  if (source.kind === 'nbd') parseNbdUri(source.uri);
+  return dropUndefined(source);
+}
+
+/** zod marks absent keys as undefined; exact optional types do not allow that. */
+function dropUndefined(value: z.infer<typeof schema>): DiskSource {
+  return JSON.parse(JSON.stringify(value)) as DiskSource;
+}

@@ -1,0 +1,127 @@
+import { stat } from 'node:fs/promises';
+import path from 'node:path';
+import { z } from 'zod';
+import { blockDeviceBytes } from '../../lib/block-device.js';
+import { AppError, errnoOf } from '../../lib/errors.js';
+import type { DiskId } from '../../lib/id.js';
+import { runTool, ToolError } from '../../lib/process.js';
+import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
+import { startQemuNbd, type ServerPlace } from '../../nbd/qemu-nbd.js';
+import type { ChangeRecord, ImageDiskSource, Source } from '../source.js';
+
+export interface ImageSourceOptions extends ServerPlace {
+  diskId: DiskId;
+  connections: number;
+}
+
+const INFO_TIMEOUT_MS = 30_000;
+
+const bitmapSchema = z.object({ name: z.string(), flags: z.array(z.string()) });
+const infoSchema = z.object({
+  'virtual-size': z.number().int().nonnegative(),
+  'backing-filename': z.string().optional(),
+  'backing-filename-format': z.string().optional(),
+  'format-specific': z.object({ data: z.object({ bitmaps: z.array(bitmapSchema).optional() }) }).optional(),
+});
+
+/**
+ * A local image file or block device, read through a private read-only `qemu-nbd` with the stated
+ * format. qemu's image lock keeps a running guest's disk out: it would be copied in motion.
+ */
+export function openImageSource(config: ImageDiskSource, options: ImageSourceOptions): Source {
+  if (!path.isAbsolute(config.path) || config.path.includes('\u0000')) {
+    throw new AppError('INVALID_INPUT', 'the path of an image source must be absolute', {
+      details: { field: 'source.path' },
+    });
+  }
+  return {
+    diskId: options.diskId,
+    async probe({ signal }) {
+      const lineage = `image:${path.normalize(config.path)}`;
+      const rawBytes = await fileSize(config.path);
+      if (config.format === 'raw') return { sizeBytes: rawBytes, lineage, records: [] };
+      const info = await readInfo(config, signal);
+      return { sizeBytes: info['virtual-size'], lineage, records: records(info) };
+    },
+    async open({ bitmap, signal }) {
+      const server = await startQemuNbd({
+        imagePath: config.path,
+        format: config.format,
+        isReadOnly: true,
+        connections: options.connections,
+        bitmap,
+        runtimeDirectory: options.runtimeDirectory,
+        registry: options.registry,
+        owner: options.owner,
+        signal,
+      }).catch(explainLock);
+      const dirtyContext = bitmap === null ? null : `${DIRTY_BITMAP_PREFIX}${bitmap}`;
+      return {
+        endpoint: {
+          kind: 'nbd',
+          uri: server.uri,
+          connections: options.connections,
+          metaContexts: [BASE_ALLOCATION, ...(dirtyContext === null ? [] : [dirtyContext])],
+        },
+        dirtyContext,
+        [Symbol.asyncDispose]: () => server.stop(),
+      };
+    },
+  };
+}
+
+type ImageInfo = z.infer<typeof infoSchema>;
+
+async function readInfo(config: ImageDiskSource, signal: AbortSignal): Promise<ImageInfo> {
+  const { stdout } = await runTool(
+    'qemu-img',
+    ['info', '-f', config.format, '--output=json', '--', config.path],
+    {
+      timeoutMs: INFO_TIMEOUT_MS,
+      signal,
+    },
+  ).catch(explainLock);
+  const info = infoSchema.parse(JSON.parse(stdout));
+  if (info['backing-filename'] !== undefined && info['backing-filename-format'] === undefined) {
+    throw new AppError('SOURCE_FORMAT', `${config.path} has a backing file without a stated format`, {
+      details: { backingFile: info['backing-filename'] },
+    });
+  }
+  return info;
+}
+
+function records(info: ImageInfo): ChangeRecord[] {
+  const bitmaps = info['format-specific']?.data.bitmaps ?? [];
+  return bitmaps.map(({ name, flags }) => ({ bitmap: name, isInconsistent: flags.includes('in-use') }));
+}
+
+/** qemu's own words stay in the details. Its lock message is the one text that is looked at: no exit code tells it apart. */
+function explainLock(error: unknown): never {
+  if (error instanceof ToolError && error.stderrTail.includes('lock')) {
+    throw new AppError('SOURCE_REFUSED', 'the image is in use by another process', {
+      cause: error,
+      details: error.details,
+      retryable: true,
+    });
+  }
+  if (error instanceof ToolError) {
+    throw new AppError('SOURCE_FORMAT', error.message, { cause: error, details: error.details });
+  }
+  throw error;
+}
+
+/** Exact bytes of a file or block device; a raw disk need not be a multiple of the sector. */
+async function fileSize(file: string): Promise<number> {
+  try {
+    const facts = await stat(file);
+    if (facts.isFile()) return facts.size;
+    if (!facts.isBlockDevice()) {
+      throw new AppError('SOURCE_FORMAT', `${file} is neither a file nor a block device`);
+    }
+    return await blockDeviceBytes(file);
+  } catch (error) {
+    const errno = errnoOf(error);
+    if (error instanceof AppError || errno === undefined) throw error;
+    throw new AppError('SOURCE_UNREACHABLE', `${file} cannot be opened: ${errno}`, { cause: error });
+  }
+}
