@@ -29,6 +29,7 @@ const NO_DATE_WITHOUT_ARGUMENT = {
 const CORE_RULES = {
   'no-case-declarations': 'error',
   'no-cond-assign': 'error',
+  'no-control-regex': 'error',
   'no-constant-binary-expression': 'error',
   'no-constant-condition': ['error', { checkLoops: false }],
   'no-empty': 'error',
