@@ -1,0 +1,394 @@
+import { EventEmitter, on } from 'node:events';
+import type {
+  Actor,
+  BackupRequest,
+  Engine,
+  IdempotencyKey,
+  NewRepository,
+  NewVm,
+  RestoreRequest,
+  RunFilter,
+} from '../../src/engine/engine.js';
+import {
+  ENDED_STATES,
+  type BackupView,
+  type ChainView,
+  type ComponentHealth,
+  type DoctorFinding,
+  type Page,
+  type PageRequest,
+  type RepositoryView,
+  type RunEvent,
+  type RunRequest,
+  type RunView,
+  type TokenView,
+  type VmView,
+} from '../../src/engine/types.js';
+import { AppError } from '../../src/lib/errors.js';
+import {
+  newId,
+  type DiskId,
+  type LayerId,
+  type PointId,
+  type RepositoryId,
+  type RunId,
+  type TokenId,
+  type VmId,
+} from '../../src/lib/id.js';
+
+const NOW = '2026-11-21T09:00:00.000Z';
+const GIB = 1024 ** 3;
+
+/** Pages by position: the cursor is the index of the next item. */
+function pageOf<T>(items: T[], { limit, cursor }: PageRequest): Page<T> {
+  const start = cursor === null ? 0 : Number(cursor);
+  const end = start + limit;
+  return { items: items.slice(start, end), nextCursor: end < items.length ? String(end) : null };
+}
+
+function find<T extends { id: string }>(items: T[], id: string, what: string): T {
+  const item = items.find((candidate) => candidate.id === id);
+  if (item === undefined) throw new AppError('NOT_FOUND', `there is no ${what} with this id`);
+  return item;
+}
+
+/** The use cases in memory: runs stand still until a test moves them with `moveRun`. */
+export class FakeEngine implements Engine {
+  readonly secrets = new Map<string, Actor>();
+  readonly repositories: RepositoryView[] = [];
+  readonly vms: VmView[] = [];
+  readonly points: BackupView[] = [];
+  readonly runs: RunView[] = [];
+  readonly runLog: RunEvent[] = [];
+  readonly tokens: TokenView[] = [];
+  readonly requests: unknown[] = [];
+  readonly #idempotent = new Map<
+    string,
+    { hash: string; answer: { status: number; body: unknown } | null }
+  >();
+  readonly #changes = new EventEmitter();
+  watchers = 0;
+  components: ComponentHealth[] = [
+    { name: 'database', isHealthy: true, message: 'sqlite at /secret/place' },
+    { name: 'queue', isHealthy: true, message: 'redis at /secret/place' },
+  ];
+  findings: DoctorFinding[] = [
+    { name: 'qemu-img', isOk: true, isRequired: true, found: '7.2.22', remedy: null },
+  ];
+  /** Thrown by the next call of any listing. */
+  fault: Error | null = null;
+
+  addToken(name: string): string {
+    const secret = `hf_${newId<string>()}`;
+    const id = newId<TokenId>();
+    this.tokens.push({ id, name, createdAt: NOW, lastUsedAt: null });
+    this.secrets.set(secret, { tokenId: id, tokenName: name });
+    return secret;
+  }
+
+  async createRepository(input: NewRepository): Promise<RepositoryView> {
+    this.requests.push(input);
+    if (this.repositories.some(({ name }) => name === input.name)) {
+      throw new AppError('CONFLICT', 'a repository of this name is there already');
+    }
+    const capacity = {
+      totalBytes: 100 * GIB,
+      freeBytes: 40 * GIB,
+      reserveBytes: 5 * GIB,
+      availableBytes: 35 * GIB,
+    };
+    const view: RepositoryView = {
+      id: newId<RepositoryId>(),
+      name: input.name,
+      root: input.root,
+      hash: input.hash,
+      createdAt: NOW,
+      isOnline: true,
+      capacity,
+      problem: null,
+    };
+    this.repositories.push(view);
+    return view;
+  }
+  async listRepositories(page: PageRequest): Promise<Page<RepositoryView>> {
+    this.#failOnRequest();
+    return pageOf(this.repositories, page);
+  }
+  async getRepository(id: RepositoryId): Promise<RepositoryView> {
+    return find(this.repositories, id, 'repository');
+  }
+  async checkRepository(
+    id: RepositoryId,
+    options: { content: boolean; vmId: VmId | null; pointId: PointId | null },
+  ): Promise<RunView> {
+    find(this.repositories, id, 'repository');
+    return this.#addRun({ kind: 'check', ...options }, { repositoryId: id });
+  }
+  async rescanRepository(id: RepositoryId): Promise<RunView> {
+    find(this.repositories, id, 'repository');
+    return this.#addRun({ kind: 'rescan' }, { repositoryId: id });
+  }
+
+  async addVm(input: NewVm): Promise<VmView> {
+    this.requests.push(input);
+    const id = newId<VmId>();
+    const disks = input.disks.map((disk, number) => ({
+      id: newId<DiskId>(),
+      vmId: id,
+      number,
+      name: disk.name,
+      sizeBytes: 8 * GIB,
+      source: disk.source,
+    }));
+    const view = { id, name: input.name, createdAt: NOW, disks };
+    this.vms.push(view);
+    return view;
+  }
+  async listVms(page: PageRequest): Promise<Page<VmView>> {
+    this.#failOnRequest();
+    return pageOf(this.vms, page);
+  }
+  async getVm(id: VmId): Promise<VmView> {
+    return find(this.vms, id, 'virtual machine');
+  }
+  async removeVm(id: VmId): Promise<void> {
+    this.vms.splice(this.vms.indexOf(await this.getVm(id)), 1);
+  }
+
+  async requestBackup(input: BackupRequest): Promise<RunView> {
+    this.requests.push(input);
+    find(this.vms, input.vmId, 'virtual machine');
+    const active = this.runs.find((run) => run.vmId === input.vmId && !ENDED_STATES.includes(run.state));
+    if (active !== undefined && input.whenBusy === 'refuse') {
+      throw new AppError('RUN_ACTIVE', 'another run of this machine is active', {
+        details: { runId: active.id },
+      });
+    }
+    const { type, bitmaps, bytesPerSecond, vmId, repositoryId } = input;
+    const pointId = newId<PointId>();
+    return this.#addRun({ kind: 'backup', type, bitmaps, bytesPerSecond }, { vmId, repositoryId, pointId });
+  }
+  async listBackups(
+    filter: { vmId?: VmId | undefined; repositoryId?: RepositoryId | undefined },
+    page: PageRequest,
+  ): Promise<Page<BackupView>> {
+    this.#failOnRequest();
+    const points = this.points.filter(
+      (point) =>
+        (filter.vmId ?? point.vmId) === point.vmId &&
+        (filter.repositoryId ?? point.repositoryId) === point.repositoryId,
+    );
+    return pageOf(points, page);
+  }
+  async getBackup(id: PointId): Promise<BackupView> {
+    const point = this.points.find((candidate) => candidate.id === id);
+    if (point === undefined) throw new AppError('POINT_NOT_FOUND', 'there is no point with this id');
+    return point;
+  }
+  async getBackupChain(id: PointId): Promise<ChainView[]> {
+    const point = await this.getBackup(id);
+    return point.layers.map((layer) => ({
+      diskId: layer.diskId,
+      diskName: layer.diskName,
+      layers: [
+        {
+          layerId: layer.id,
+          pointId: id,
+          path: `/repo/${layer.id}.qcow2`,
+          sizeBytes: layer.sizeBytes,
+          fileBytes: layer.fileBytes,
+          method: layer.method,
+        },
+      ],
+    }));
+  }
+  async getBackupStats() {
+    return {
+      points: this.points.length,
+      fullPoints: this.points.filter(({ type }) => type === 'full').length,
+      incrementalPoints: this.points.filter(({ type }) => type === 'incremental').length,
+      vms: this.vms.length,
+      fileBytes: this.points.reduce((sum, point) => sum + point.fileBytes, 0),
+      oldestCapturedAt: this.points.at(-1)?.capturedAt ?? null,
+      newestCapturedAt: this.points[0]?.capturedAt ?? null,
+    };
+  }
+  async requestDelete(id: PointId): Promise<RunView> {
+    const point = await this.getBackup(id);
+    if (point.type === 'full' && this.points.length > 1) {
+      const dependents = this.points.filter((other) => other !== point).map((other) => other.id);
+      throw new AppError('POINT_HAS_DEPENDENTS', 'other points stand on this one', {
+        details: { dependents },
+      });
+    }
+    return this.#addRun({ kind: 'delete' }, { vmId: point.vmId, pointId: id });
+  }
+
+  async requestRestore(input: RestoreRequest): Promise<RunView> {
+    this.requests.push(input);
+    const point = await this.getBackup(input.pointId);
+    const { disks, overwrite, acceptDamage } = input;
+    return this.#addRun(
+      { kind: 'restore', disks, overwrite, acceptDamage },
+      { vmId: point.vmId, pointId: point.id },
+    );
+  }
+
+  async listRuns(filter: RunFilter, page: PageRequest): Promise<Page<RunView>> {
+    const runs = this.runs.filter(
+      (run) =>
+        (filter.kind ?? run.kind) === run.kind &&
+        (filter.state ?? run.state) === run.state &&
+        (filter.vmId ?? run.vmId) === run.vmId,
+    );
+    return pageOf(runs, page);
+  }
+  async getRun(id: RunId): Promise<RunView> {
+    return find(this.runs, id, 'run');
+  }
+  async getRunLog(id: RunId, afterSequence: number, limit: number): Promise<RunEvent[]> {
+    find(this.runs, id, 'run');
+    return this.runLog.filter((event) => event.sequence > afterSequence).slice(0, limit);
+  }
+  async cancelRun(id: RunId): Promise<RunView> {
+    const run = await this.getRun(id);
+    if (ENDED_STATES.includes(run.state)) throw new AppError('RUN_NOT_ACTIVE', 'the run has ended');
+    return this.moveRun(id, {
+      isCancelRequested: true,
+      ...(run.state === 'queued' ? { state: 'cancelled' } : {}),
+    });
+  }
+  async *watchRun(id: RunId, signal: AbortSignal): AsyncIterable<RunView> {
+    this.watchers += 1;
+    try {
+      // Listening begins before the first look, so that no change falls between the two.
+      const changes = on(this.#changes, id, { signal });
+      let run = await this.getRun(id);
+      yield run;
+      if (ENDED_STATES.includes(run.state)) return;
+      for await (const [change] of changes as AsyncIterable<[RunView]>) {
+        run = change;
+        yield run;
+        if (ENDED_STATES.includes(run.state)) return;
+      }
+    } finally {
+      this.watchers -= 1;
+    }
+  }
+
+  async createToken(name: string): Promise<{ token: TokenView; secret: string }> {
+    const secret = this.addToken(name);
+    return { token: this.tokens.at(-1)!, secret };
+  }
+  async listTokens(): Promise<TokenView[]> {
+    return this.tokens;
+  }
+  async revokeToken(id: TokenId): Promise<void> {
+    this.tokens.splice(this.tokens.indexOf(find(this.tokens, id, 'token')), 1);
+    for (const [secret, actor] of this.secrets) if (actor.tokenId === id) this.secrets.delete(secret);
+  }
+  async authenticate(secret: string): Promise<Actor | null> {
+    return this.secrets.get(secret) ?? null;
+  }
+
+  async findIdempotent(key: IdempotencyKey): Promise<{ status: number; body: unknown } | null> {
+    const known = this.#idempotent.get(key.tokenId + key.key);
+    if (known === undefined) {
+      this.#idempotent.set(key.tokenId + key.key, { hash: key.requestHash, answer: null });
+      return null;
+    }
+    if (known.hash !== key.requestHash) throw new AppError('IDEMPOTENCY_MISMATCH', 'the key was used before');
+    if (known.answer === null) throw new AppError('CONFLICT', 'the first request is still under way');
+    return known.answer;
+  }
+  async saveIdempotent(key: IdempotencyKey, answer: { status: number; body: unknown }): Promise<void> {
+    this.#idempotent.set(key.tokenId + key.key, { hash: key.requestHash, answer });
+  }
+  async dropIdempotent(key: IdempotencyKey): Promise<void> {
+    this.#idempotent.delete(key.tokenId + key.key);
+  }
+
+  async health(): Promise<ComponentHealth[]> {
+    return this.components;
+  }
+  async doctor(): Promise<DoctorFinding[]> {
+    return this.findings;
+  }
+
+  /** Changes a run and tells its watchers. */
+  moveRun(id: string, change: Partial<RunView>): RunView {
+    const index = this.runs.findIndex((run) => run.id === id);
+    const run = { ...this.runs[index]!, ...change };
+    this.runs[index] = run;
+    this.#changes.emit(id, run);
+    return run;
+  }
+
+  /** A committed point of the machine. */
+  addPoint(vm: VmView, type: 'full' | 'incremental' = 'full'): BackupView {
+    const layers = vm.disks.map((disk) => ({
+      id: newId<LayerId>(),
+      diskId: disk.id,
+      diskName: disk.name,
+      parentLayerId: null,
+      sizeBytes: disk.sizeBytes,
+      fileBytes: GIB,
+      method: 'full' as const,
+      reason: { code: 'FIRST_POINT' as const, sentence: 'There is no point to stand on.' },
+      changeIdFrom: null,
+      changeIdTo: 'x',
+      bytesRead: GIB,
+      bytesWritten: GIB,
+      bytesZeroed: 0,
+    }));
+    const point: BackupView = {
+      id: newId<PointId>(),
+      vmId: vm.id,
+      vmName: vm.name,
+      repositoryId: this.repositories[0]?.id ?? newId<RepositoryId>(),
+      runId: newId<RunId>(),
+      sequence: this.points.length + 1,
+      type,
+      consistency: 'crash',
+      capturedAt: NOW,
+      committedAt: NOW,
+      fileBytes: GIB * layers.length,
+      layers,
+    };
+    this.points.unshift(point);
+    return point;
+  }
+
+  #addRun(
+    request: RunRequest,
+    facts: { vmId?: VmId; repositoryId?: RepositoryId; pointId?: PointId },
+  ): RunView {
+    const run: RunView = {
+      id: newId<RunId>(),
+      kind: request.kind,
+      state: 'queued',
+      stage: null,
+      vmId: facts.vmId ?? null,
+      repositoryId: facts.repositoryId ?? null,
+      pointId: facts.pointId ?? null,
+      attempt: 1,
+      createdAt: NOW,
+      startedAt: null,
+      endedAt: null,
+      isStalled: false,
+      isCancelRequested: false,
+      progress: { share: null, bytesPerSecond: 0, etaSeconds: null, disks: [] },
+      error: null,
+      request,
+      result: null,
+    };
+    this.runs.unshift(run);
+    return run;
+  }
+
+  #failOnRequest(): void {
+    const fault = this.fault;
+    this.fault = null;
+    if (fault !== null) throw fault;
+  }
+}
