@@ -2,6 +2,7 @@ import type {
   CaptureMethod,
   CaptureReason,
   CaptureReasonCode,
+  ManifestDisk,
   PointManifest,
 } from '../../repository/index.js';
 import { AppError } from '../lib/errors.js';
@@ -170,7 +171,9 @@ export function findHead(points: readonly PointManifest[], diskId: DiskId): Disk
   const ancestors: DiskHead['ancestors'] = [];
   let next: PointId | null = newest.pointId;
   while (next !== null) {
-    const disk = byId.get(next)?.disks.find((candidate) => candidate.diskId === diskId);
+    const disk: ManifestDisk | undefined = byId
+      .get(next)
+      ?.disks.find((candidate) => candidate.diskId === diskId);
     if (disk === undefined || disk.sourceLineage !== headDisk.sourceLineage) break;
     ancestors.push({ pointId: next, changeIdTo: disk.changeIdTo });
     next = disk.parentPointId;

@@ -15,7 +15,8 @@ export interface RunQueue extends AsyncDisposable {
 }
 
 /**
- * Executes one run to its end. Never rejects for a failed run (the row records it); a rejection is a
- * fault in Holdfast or an unreachable database, and the job is tried again.
+ * Executes one run. Never rejects for a failed run (the row records it); a rejection is a fault in
+ * Holdfast or an unreachable database, and the job is tried again. `later`: another run of the same VM
+ * and repository goes first; the job is delivered again after a short delay.
  */
-export type RunExecutor = (runId: RunId, signal: AbortSignal) => Promise<void>;
+export type RunExecutor = (runId: RunId, signal: AbortSignal) => Promise<'done' | 'later'>;

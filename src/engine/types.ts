@@ -42,7 +42,8 @@ export interface DiskView {
   number: number;
   name: string;
   sizeBytes: number;
-  source: DiskSource;
+  /** Null for a disk known only from a repository: it can be restored, not backed up. */
+  source: DiskSource | null;
 }
 
 export interface VmView {

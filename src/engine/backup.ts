@@ -1,0 +1,286 @@
+import { openComposedSums, type Lease, type PointManifest, type Repository } from '../../repository/index.js';
+import { toTimestamp } from '../lib/clock.js';
+import { CleanupStack } from '../lib/cleanup.js';
+import { AppError, isErrorCode } from '../lib/errors.js';
+import type { DiskId, PointId, VmId } from '../lib/id.js';
+import { formatBytes } from '../lib/units.js';
+import { bitmapNameFor } from '../source/bitmap-name.js';
+import { openSource } from '../source/open-source.js';
+import type { SourceProbe } from '../source/source.js';
+import type { ActiveRun } from './active-run.js';
+import { decideCapture, findHead, type DiskHead } from './capture-decision.js';
+import {
+  openCapture,
+  type CaptureContext,
+  type CaptureTotals,
+  type DiskCapture,
+  type DiskPlan,
+} from './capture-disk.js';
+import type { EngineContext } from './context.js';
+import type { DiskView, RunRequest, RunResult, VmView } from './types.js';
+import { toIndexRows, toVmView } from './views.js';
+
+type BackupRunRequest = Extract<RunRequest, { kind: 'backup' }>;
+
+/**
+ * One backup run: probe and decide (discover), hold every disk's source at one instant (snapshot), copy
+ * (transfer), commit (finalize). Whatever fails before the manifest is there leaves nothing behind.
+ */
+export async function executeBackup(context: EngineContext, run: ActiveRun): Promise<RunResult> {
+  const request = run.row.request as BackupRunRequest;
+  const { vmId, repositoryId, pointId } = run.row;
+  if (vmId === null || repositoryId === null || pointId === null) {
+    throw new AppError('INTERNAL', 'a backup run without VM, repository or point');
+  }
+  await run.enter('discover');
+  const repository = await context.repositories.open(repositoryId);
+  await using cleanup = new CleanupStack();
+  const lease = cleanup.use(await repository.acquireVmLease(vmId, { runId: run.id, purpose: 'backup' }));
+  lease.lost.addEventListener('abort', () => {
+    run.abort(new AppError('LEASE_LOST', 'the lease of this VM was taken over'));
+  });
+  const vm = await loadVm(context, vmId);
+  const points = await repository.listPoints(vmId);
+  const plans = await planDisks({ context, run, repository, points, vm, request });
+  await recordVm(repository, vm, plans);
+
+  await run.enter('snapshot');
+  const captureContext: CaptureContext = {
+    repository,
+    lease,
+    vmId,
+    runId: run.id,
+    settings: context.settings.nbd,
+    place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: run.id },
+    bytesPerSecond: request.bytesPerSecond,
+    signal: run.signal,
+  };
+  const captures: DiskCapture[] = [];
+  for (const plan of plans) captures.push(cleanup.use(await openCapture(captureContext, plan)));
+  const capturedAt = toTimestamp(context.clock.nowMs());
+  await measureAndReserve(run, repository, captures);
+
+  await run.enter('transfer');
+  const totals = new Map<DiskId, CaptureTotals>();
+  for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
+
+  await run.enter('finalize');
+  const manifest = await commit({ run, repository, lease, vm, pointId, capturedAt, captures, totals });
+  for (const capture of captures) capture.finish();
+  await indexPoint(context, run, manifest);
+  return { kind: 'backup', pointId };
+}
+
+async function loadVm(context: EngineContext, vmId: VmId): Promise<VmView> {
+  const row = await context.db.vms.get(vmId);
+  if (row === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${vmId}`);
+  return toVmView(row);
+}
+
+/** The repository keeps its own record of the VM, so that a rescan into an empty database finds it. */
+async function recordVm(repository: Repository, vm: VmView, plans: DiskPlan[]): Promise<void> {
+  await repository.putVm({
+    vmId: vm.id,
+    name: vm.name,
+    disks: plans.map(({ disk, probe }) => ({
+      diskId: disk.id,
+      number: disk.number,
+      name: disk.name,
+      sizeBytes: probe.sizeBytes,
+      sourceLineage: probe.lineage,
+    })),
+  });
+}
+
+interface PlanContext {
+  context: EngineContext;
+  run: ActiveRun;
+  repository: Repository;
+  points: PointManifest[];
+  vm: VmView;
+  request: BackupRunRequest;
+}
+
+async function planDisks(plan: PlanContext): Promise<DiskPlan[]> {
+  const plans: DiskPlan[] = [];
+  for (const disk of plan.vm.disks) plans.push(await planDisk(plan, disk));
+  if (plans.length === 0) throw new AppError('CONFLICT', `${plan.vm.name} has no disks`);
+  plan.run.setDisks(
+    plans.map(({ disk, decision }) => ({
+      diskId: disk.id,
+      totalBytes: 0,
+      bytesRead: 0,
+      bytesWritten: 0,
+      bytesZeroed: 0,
+      bytesSkipped: 0,
+      method: decision.method,
+      reason: decision.reason,
+    })),
+  );
+  return plans;
+}
+
+async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
+  const { context, run, repository, points, request } = plan;
+  if (disk.source === null) {
+    throw new AppError('CONFLICT', `disk ${disk.name} is known only from a repository and has no source`, {
+      details: { diskId: disk.id },
+    });
+  }
+  const source = openSource(disk.source, {
+    diskId: disk.id,
+    place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: run.id },
+    limits: context.settings.nbd,
+  });
+  const probe = await source.probe({ signal: run.signal });
+  const head = findHead(points, disk.id);
+  const decision = decideCapture({
+    type: request.type,
+    diskName: disk.name,
+    tracking: disk.source.changeTracking,
+    probe,
+    head,
+    damage: head === null ? null : await findDamage(repository, points, head, disk.id),
+    stated: request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null,
+  });
+  run.log('info', decision.reason.code, `${disk.name}: ${decision.method}: ${decision.reason.sentence}`, {
+    diskId: disk.id,
+    method: decision.method,
+  });
+  await followDisk(plan, disk, probe);
+  const parentPoint = points.find(({ pointId }) => pointId === decision.parent?.pointId);
+  const isCompared = decision.method === 'compare' && parentPoint !== undefined;
+  return {
+    disk,
+    source,
+    probe,
+    decision,
+    known: isCompared ? async () => openComposedSums(await repository.openChain(parentPoint, disk.id)) : null,
+  };
+}
+
+/** The index follows what the source is now; the point keeps what it was. */
+async function followDisk({ context, run }: PlanContext, disk: DiskView, probe: SourceProbe): Promise<void> {
+  if (probe.sizeBytes !== disk.sizeBytes) {
+    run.log(
+      'warning',
+      'SOURCE_SIZE_MISMATCH',
+      `${disk.name} has ${probe.sizeBytes} bytes now and had ${disk.sizeBytes} before`,
+      { diskId: disk.id },
+    );
+  }
+  const change = { sizeBytes: probe.sizeBytes, lineage: probe.lineage };
+  await run.insist(() => context.db.vms.updateDisk(disk.id, change));
+}
+
+/** Null when the head's chain is whole as far as headers and files tell. */
+async function findDamage(
+  repository: Repository,
+  points: readonly PointManifest[],
+  head: DiskHead,
+  diskId: DiskId,
+): Promise<string | null> {
+  const point = points.find(({ pointId }) => pointId === head.pointId);
+  if (point === undefined) return null;
+  try {
+    await repository.openChain(point, diskId);
+    return null;
+  } catch (error) {
+    if (isErrorCode(error, 'CHAIN_BROKEN', 'LAYER_NOT_FOUND', 'LAYER_CORRUPT') && error instanceof AppError) {
+      return error.message;
+    }
+    throw error;
+  }
+}
+
+/** What a full or a bitmap run will write at the most is known; a compare may write nothing. */
+async function measureAndReserve(
+  run: ActiveRun,
+  repository: Repository,
+  captures: DiskCapture[],
+): Promise<void> {
+  let needed = 0;
+  for (const capture of captures) {
+    const totalBytes = await capture.measure();
+    run.updateDisk(capture.plan.disk.id, { totalBytes });
+    if (capture.plan.decision.method !== 'compare') needed += totalBytes;
+  }
+  await repository.requireSpace(needed);
+}
+
+async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<CaptureTotals> {
+  const { disk, decision } = capture.plan;
+  const totals = await capture.transfer(({ bytesRead, bytesWritten, bytesZeroed, bytesSkipped }) => {
+    run.updateDisk(disk.id, { bytesRead, bytesWritten, bytesZeroed, bytesSkipped });
+  });
+  run.log(
+    'info',
+    'DISK_COPIED',
+    `${disk.name}: ${decision.method}: read ${formatBytes(totals.bytesRead)}, wrote ${formatBytes(totals.bytesWritten)}`,
+    { diskId: disk.id, ...totals },
+  );
+  return totals;
+}
+
+async function commit(parts: {
+  run: ActiveRun;
+  repository: Repository;
+  lease: Lease;
+  vm: VmView;
+  pointId: PointId;
+  capturedAt: string;
+  captures: DiskCapture[];
+  totals: ReadonlyMap<DiskId, CaptureTotals>;
+}): Promise<PointManifest> {
+  const { run, repository, captures, totals } = parts;
+  return repository.commitPoint(
+    {
+      pointId: parts.pointId,
+      vmId: parts.vm.id,
+      vmName: parts.vm.name,
+      runId: run.id,
+      capturedAt: parts.capturedAt,
+      consistency: captures.every(({ plan }) => plan.disk.source?.kind === 'image') ? 'offline' : 'crash',
+      disks: captures.map(({ plan, layer }) => {
+        const copied = totals.get(plan.disk.id);
+        if (copied === undefined) throw new AppError('INTERNAL', `disk ${plan.disk.id} was not copied`);
+        return {
+          diskId: plan.disk.id,
+          number: plan.disk.number,
+          name: plan.disk.name,
+          sizeBytes: plan.probe.sizeBytes,
+          sourceLineage: plan.probe.lineage,
+          layerId: layer.layerId,
+          parentLayerId: plan.decision.parent?.layerId ?? null,
+          parentPointId: plan.decision.parent?.pointId ?? null,
+          method: plan.decision.method,
+          reason: plan.decision.reason,
+          changeIdFrom: plan.decision.changeIdFrom,
+          changeIdTo: bitmapNameFor(parts.pointId),
+          bytesRead: copied.bytesRead,
+          bytesWritten: copied.bytesWritten,
+          bytesZeroed: copied.bytesZeroed,
+          bytesSkipped: copied.bytesSkipped,
+        };
+      }),
+    },
+    captures.map(({ layer }) => layer),
+    {
+      lease: parts.lease,
+      signal: run.signal,
+      onProgress: (share) => {
+        run.setShare(share);
+      },
+    },
+  );
+}
+
+/** The manifest is the truth already: the index follows, however long the database is away. */
+async function indexPoint(context: EngineContext, run: ActiveRun, manifest: PointManifest): Promise<void> {
+  const rows = toIndexRows(manifest);
+  await run.insist(() => context.db.points.insert(rows.point, rows.layers));
+  run.log('info', 'POINT_COMMITTED', `point ${manifest.pointId} (${manifest.type}) is complete`, {
+    pointId: manifest.pointId,
+    sequence: manifest.sequence,
+  });
+}

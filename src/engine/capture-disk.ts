@@ -1,0 +1,271 @@
+import type { ComposedSums, Lease, PartialLayer, Repository } from '../../repository/index.js';
+import { CleanupStack } from '../lib/cleanup.js';
+import { AppError } from '../lib/errors.js';
+import { newId, type LayerId, type RunId, type VmId } from '../lib/id.js';
+import { CLUSTER_BYTES, GIB, SECTOR_BYTES } from '../lib/units.js';
+import { markGrown, planWindow, type PlannedWindow } from '../nbd/capture-plan.js';
+import { walkClusters, type ClusterMap } from '../nbd/extents.js';
+import { HASH_BYTES, openCopySession, type CopySession, type WindowResult } from '../nbd/index.js';
+import { startQemuNbd, type QemuNbd, type ServerPlace } from '../nbd/qemu-nbd.js';
+import type { OpenSource, Source, SourceProbe } from '../source/source.js';
+import type { CaptureDecision } from './capture-decision.js';
+import type { EngineSettings } from './context.js';
+import type { DiskView } from './types.js';
+
+/** Stretch of the disk planned at once; bounds memory, not speed: several are in flight. */
+const WINDOW_BYTES = GIB;
+/** Windows submitted and not settled: enough that the pipeline never drains. */
+const WINDOWS_IN_FLIGHT = 3;
+
+export interface CaptureContext {
+  repository: Repository;
+  lease: Lease;
+  vmId: VmId;
+  runId: RunId;
+  settings: EngineSettings['nbd'];
+  place: ServerPlace;
+  bytesPerSecond: number;
+  signal: AbortSignal;
+}
+
+export interface DiskPlan {
+  disk: DiskView;
+  source: Source;
+  probe: SourceProbe;
+  decision: CaptureDecision;
+  /** What the chain holds, for a compare. */
+  known: (() => Promise<ComposedSums & AsyncDisposable>) | null;
+}
+
+export interface CaptureTotals {
+  bytesRead: number;
+  bytesWritten: number;
+  bytesZeroed: number;
+  bytesSkipped: number;
+}
+
+/**
+ * One disk's capture: the source is held open (its content is the instant of the point), the partial
+ * layer is there and served by a private qemu-nbd, and the copy session stands between them.
+ * Dispose it in any case; `transfer` leaves a flushed layer whose sink has been stopped.
+ */
+export interface DiskCapture extends AsyncDisposable {
+  readonly plan: DiskPlan;
+  readonly layer: PartialLayer;
+  /** Bytes that will be looked at: what the source does not know to be zero, or calls dirty. Asks the source anew each time. */
+  measure(): Promise<number>;
+  transfer(onProgress: (totals: CaptureTotals) => void): Promise<CaptureTotals>;
+  /** The layer was committed: disposal leaves it alone. */
+  finish(): void;
+}
+
+export async function openCapture(context: CaptureContext, plan: DiskPlan): Promise<DiskCapture> {
+  await using undo = new CleanupStack();
+  const { repository, settings, signal } = context;
+  const layerId = newId<LayerId>();
+  const opening = plan.source
+    .open({ bitmap: plan.decision.bitmap, signal })
+    .then((source) => undo.use(source));
+  const creating = repository
+    .createLayer(
+      {
+        vmId: context.vmId,
+        diskId: plan.disk.id,
+        runId: context.runId,
+        layerId,
+        sizeBytes: plan.probe.sizeBytes,
+        parentLayerId: plan.decision.parent?.layerId ?? null,
+      },
+      context.lease,
+    )
+    .then(async (layer) => {
+      undo.defer(() => repository.discardLayer(layer));
+      const sink = await startQemuNbd({
+        imagePath: layer.path,
+        format: 'qcow2',
+        isReadOnly: false,
+        connections: settings.connections,
+        signal,
+        ...context.place,
+      });
+      return { layer, sink: undo.use(sink) };
+    });
+  const [source, created] = await settleBoth(opening, creating);
+  const session = undo.use(await openSession(context, { plan, source, sink: created.sink }));
+  requireSize(plan.probe.sizeBytes, session);
+  const capture = new NbdCapture({ context, plan, source, session, ...created });
+  undo.release();
+  return capture;
+}
+
+/** Both, also when one fails: what the other opened must be known to the cleanup before the error goes on. */
+async function settleBoth<A, B>(first: Promise<A>, second: Promise<B>): Promise<[A, B]> {
+  await Promise.allSettled([first, second]);
+  return Promise.all([first, second]);
+}
+
+async function openSession(
+  context: CaptureContext,
+  parts: { plan: DiskPlan; source: OpenSource; sink: QemuNbd },
+): Promise<CopySession> {
+  const { settings, repository, signal } = context;
+  return openCopySession(
+    {
+      source: parts.source.endpoint,
+      sink: { kind: 'nbd', uri: parts.sink.uri, connections: settings.connections },
+      diskBytes: parts.plan.probe.sizeBytes,
+      hash: repository.marker.hash,
+      clusterBytes: CLUSTER_BYTES,
+      requestBytes: settings.requestBytes,
+      requestsInFlight: settings.requestsInFlight,
+      rateLimitBytesPerSecond: context.bytesPerSecond,
+      connectTimeoutMs: settings.connectTimeoutMs,
+      stallTimeoutMs: settings.stallTimeoutMs,
+    },
+    { signal },
+  );
+}
+
+/** qemu-nbd shows a raw file of odd size with the last sector filled up; nothing else may differ. */
+function requireSize(sizeBytes: number, session: CopySession): void {
+  const found = session.sourceInfo?.sizeBytes;
+  if (found === undefined || found < sizeBytes || found >= sizeBytes + SECTOR_BYTES) {
+    throw new AppError(
+      'SOURCE_SIZE_MISMATCH',
+      `the source has ${found ?? 0} bytes where ${sizeBytes} were found before`,
+    );
+  }
+}
+
+class NbdCapture implements DiskCapture {
+  readonly plan: DiskPlan;
+  readonly layer: PartialLayer;
+  readonly #parts: {
+    context: CaptureContext;
+    source: OpenSource;
+    session: CopySession;
+    sink: QemuNbd;
+  };
+  #isFinished = false;
+
+  constructor(parts: {
+    context: CaptureContext;
+    plan: DiskPlan;
+    source: OpenSource;
+    session: CopySession;
+    sink: QemuNbd;
+    layer: PartialLayer;
+  }) {
+    this.plan = parts.plan;
+    this.layer = parts.layer;
+    this.#parts = parts;
+  }
+
+  async measure(): Promise<number> {
+    let total = 0;
+    for await (const map of this.#walk()) total += this.#planned(map).plannedBytes;
+    return total;
+  }
+
+  async transfer(onProgress: (totals: CaptureTotals) => void): Promise<CaptureTotals> {
+    const { session, sink } = this.#parts;
+    const ticker = setInterval(() => {
+      onProgress(session.progress());
+    }, 250);
+    try {
+      const totals = await this.#copyAll();
+      await session.flush();
+      await session.close();
+      await sink.stop();
+      onProgress(totals);
+      return totals;
+    } finally {
+      clearInterval(ticker);
+    }
+  }
+
+  finish(): void {
+    this.#isFinished = true;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    const { session, sink, source, context } = this.#parts;
+    await using undo = new CleanupStack();
+    if (!this.#isFinished) undo.defer(() => context.repository.discardLayer(this.layer));
+    undo.use(source);
+    undo.use(sink);
+    undo.use(session);
+  }
+
+  async #copyAll(): Promise<CaptureTotals> {
+    await using cleanup = new CleanupStack();
+    const known = this.plan.known === null ? null : cleanup.use(await this.plan.known());
+    const totals: CaptureTotals = { bytesRead: 0, bytesWritten: 0, bytesZeroed: 0, bytesSkipped: 0 };
+    const waiting: Promise<WindowResult>[] = [];
+    const settle = async (): Promise<void> => {
+      const result = await waiting.shift();
+      if (result === undefined) return;
+      await this.layer.sums.append(result.entries);
+      for (const key of ['bytesRead', 'bytesWritten', 'bytesZeroed', 'bytesSkipped'] as const) {
+        totals[key] += result[key];
+      }
+    };
+    for await (const map of this.#walk()) {
+      const planned = await this.#plannedWith(map, known);
+      if (planned.rows.length === 0) continue;
+      const submitted = this.#submit(planned);
+      // Handled when its turn comes; until then a failure must not count as unhandled.
+      submitted.catch(() => undefined);
+      waiting.push(submitted);
+      if (waiting.length >= WINDOWS_IN_FLIGHT) await settle();
+    }
+    while (waiting.length > 0) await settle();
+    return totals;
+  }
+
+  #submit(planned: PlannedWindow): Promise<WindowResult> {
+    const { method } = this.plan.decision;
+    return this.#parts.session.submit({
+      rows: planned.rows,
+      zeroPolicy: method === 'full' ? 'skip' : 'write',
+      emitEntries: true,
+      ...(planned.expect === undefined ? {} : { expectPolicy: 'compare', expect: planned.expect }),
+    });
+  }
+
+  async *#walk(): AsyncGenerator<ClusterMap> {
+    const { session, source, context } = this.#parts;
+    const maps = walkClusters((offset, length) => session.blockStatus(offset, length), {
+      diskBytes: this.plan.probe.sizeBytes,
+      clusterBytes: CLUSTER_BYTES,
+      dirtyContext: source.dirtyContext,
+      grantedContexts: session.sourceInfo?.metaContexts ?? [],
+      windowBytes: WINDOW_BYTES,
+    });
+    const parentBytes = this.plan.decision.parent?.sizeBytes;
+    for await (const map of maps) {
+      context.signal.throwIfAborted();
+      if (parentBytes !== undefined && parentBytes < this.plan.probe.sizeBytes) {
+        markGrown(map, parentBytes, CLUSTER_BYTES);
+      }
+      yield map;
+    }
+  }
+
+  #planned(map: ClusterMap): PlannedWindow {
+    return planWindow(this.plan.decision.method, map, this.#planOptions());
+  }
+
+  async #plannedWith(map: ClusterMap, known: ComposedSums | null): Promise<PlannedWindow> {
+    if (known === null) return this.#planned(map);
+    const clusters = await known.window(map.offset / CLUSTER_BYTES, map.isZero.length);
+    return planWindow(this.plan.decision.method, map, {
+      ...this.#planOptions(),
+      known: { kinds: clusters.kinds, hashes: clusters.hashes },
+    });
+  }
+
+  #planOptions(): { clusterBytes: number; hashBytes: number } {
+    return { clusterBytes: CLUSTER_BYTES, hashBytes: HASH_BYTES[this.#parts.context.repository.marker.hash] };
+  }
+}

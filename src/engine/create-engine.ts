@@ -1,0 +1,21 @@
+import { createBackupUseCases } from './backup-use-cases.js';
+import type { EngineContext } from './context.js';
+import { createHealthUseCases } from './doctor.js';
+import type { Engine } from './engine.js';
+import type { ActiveRuns } from './execute-run.js';
+import { createRepositoryUseCases } from './repository-use-cases.js';
+import { createRunUseCases } from './run-use-cases.js';
+import { createTokenUseCases } from './token-use-cases.js';
+import { createVmUseCases } from './vm-use-cases.js';
+
+/** The use cases over one context; stateless but for the runs under way here. */
+export function createEngine(context: EngineContext, active: ActiveRuns): Engine {
+  return {
+    ...createRepositoryUseCases(context),
+    ...createVmUseCases(context),
+    ...createBackupUseCases(context),
+    ...createRunUseCases(context, active),
+    ...createTokenUseCases(context),
+    ...createHealthUseCases(context),
+  };
+}

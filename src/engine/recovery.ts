@@ -1,0 +1,129 @@
+import type { RunRow } from '../db/database.js';
+import { toTimestamp } from '../lib/clock.js';
+import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
+import type { EngineContext } from './context.js';
+import { removeRestoreLeftovers, type RestoreRunRequest } from './restore.js';
+import type { RunKind, RunResult } from './types.js';
+import { toIndexRows, toRunError } from './views.js';
+
+/**
+ * Ends what a crash left behind: runs whose worker is dead (named in `deadWorkerIds`, or without a
+ * heartbeat for too long). A run whose manifest is there did complete, only its index entry and its
+ * last word were lost; any other is interrupted, its partial files removed. What cannot be cleaned now
+ * (a repository that is offline) stays `running` and is tried again at the next call.
+ */
+export async function recoverRuns(context: EngineContext, deadWorkerIds: string[]): Promise<void> {
+  const before = context.clock.nowMs() - context.settings.runs.abandonedAfterMs;
+  const abandoned = await context.db.runs.listAbandoned({
+    heartbeatBefore: toTimestamp(before),
+    workerIds: deadWorkerIds,
+  });
+  for (const row of abandoned) {
+    try {
+      await recoverRun(context, row);
+    } catch (error) {
+      context.logger.warn({ err: error, runId: row.id }, 'an abandoned run could not be cleaned up yet');
+      if (
+        !isErrorCode(
+          error,
+          'REPOSITORY_OFFLINE',
+          'REPOSITORY_IO',
+          'REPOSITORY_LOCKED',
+          'DATABASE_UNAVAILABLE',
+        )
+      ) {
+        await endAs(context, row, { state: 'interrupted', error: toAppError(error), result: null });
+      }
+    }
+  }
+}
+
+/** Queued rows without a job (Redis lost them, or was away) get one; adding an existing job is harmless. */
+export async function requeueWaiting(context: EngineContext): Promise<void> {
+  for (const row of await context.db.runs.listQueued()) {
+    await context.queue.add({ runId: row.id, kind: row.kind as RunKind, attempt: row.attempt });
+  }
+}
+
+async function recoverRun(context: EngineContext, row: RunRow): Promise<void> {
+  const result = await cleanUp(context, row);
+  if (result !== null) {
+    await endAs(context, row, { state: 'completed', error: null, result });
+    return;
+  }
+  const error = new AppError('INTERRUPTED', 'the daemon stopped during the run');
+  await endAs(context, row, { state: 'interrupted', error, result: null });
+}
+
+/** Answers the result when the run had in truth reached its end. */
+async function cleanUp(context: EngineContext, row: RunRow): Promise<RunResult | null> {
+  switch (row.kind as RunKind) {
+    case 'backup':
+      return recoverBackup(context, row);
+    case 'delete':
+      return recoverDelete(context, row);
+    case 'restore':
+      await removeRestoreLeftovers(row.id, row.request as RestoreRunRequest);
+      return null;
+    case 'check':
+    case 'rescan':
+      return null;
+  }
+}
+
+async function recoverBackup(context: EngineContext, row: RunRow): Promise<RunResult | null> {
+  const { repositoryId, vmId, pointId } = row;
+  if (repositoryId === null || vmId === null || pointId === null) return null;
+  const repository = await context.repositories.open(repositoryId);
+  await using lease = await repository.acquireVmLease(vmId, { runId: row.id, purpose: 'recovery' });
+  await lease.verify();
+  try {
+    const rows = toIndexRows(await repository.readPoint(vmId, pointId));
+    await context.db.points.insert(rows.point, rows.layers);
+    return { kind: 'backup', pointId };
+  } catch (error) {
+    if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
+  }
+  const removed = await repository.discardRun(vmId, row.id);
+  if (removed.length > 0) context.logger.info({ runId: row.id, removed }, 'removed partial files of a run');
+  return null;
+}
+
+/** The manifest went first: when it is gone, the delete is carried to its end here. */
+async function recoverDelete(context: EngineContext, row: RunRow): Promise<RunResult | null> {
+  const { repositoryId, vmId, pointId } = row;
+  if (repositoryId === null || vmId === null || pointId === null) return null;
+  const repository = await context.repositories.open(repositoryId);
+  try {
+    await repository.readPoint(vmId, pointId);
+    return null;
+  } catch (error) {
+    if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
+  }
+  await context.db.points.remove(pointId);
+  await repository.sweep();
+  return { kind: 'delete', freedBytes: 0 };
+}
+
+async function endAs(
+  context: EngineContext,
+  row: RunRow,
+  end: { state: string; error: AppError | null; result: RunResult | null },
+): Promise<void> {
+  const at = toTimestamp(context.clock.nowMs());
+  const isEnded = await context.db.runs.endAbandoned(row.id, row.heartbeatAt, {
+    state: end.state,
+    at,
+    error: end.error === null ? null : toRunError(end.error),
+    result: end.result,
+  });
+  if (!isEnded) return;
+  await context.db.runEvents.append({
+    runId: row.id,
+    at,
+    level: end.error === null ? 'info' : 'error',
+    code: end.error?.code ?? 'RECOVERED',
+    message: end.error?.message ?? 'the run had completed before the daemon stopped',
+    details: {},
+  });
+}

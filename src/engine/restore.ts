@@ -1,0 +1,166 @@
+import { rm } from 'node:fs/promises';
+import { copyChain, type PointManifest, type Repository } from '../../repository/index.js';
+import { CleanupStack } from '../lib/cleanup.js';
+import { AppError } from '../lib/errors.js';
+import { formatBytes } from '../lib/units.js';
+import { partialPath } from '../target/file-target.js';
+import { openTarget } from '../target/open-target.js';
+import type { OpenTarget, Target, TargetOpenOptions } from '../target/target.js';
+import type { ActiveRun } from './active-run.js';
+import type { EngineContext } from './context.js';
+import type { RestoreDisk, RunRequest, RunResult } from './types.js';
+
+export type RestoreRunRequest = Extract<RunRequest, { kind: 'restore' }>;
+type RestoredDisk = Extract<RunResult, { kind: 'restore' }>['disks'][number];
+
+interface DiskRestore {
+  wanted: RestoreDisk;
+  entry: PointManifest['disks'][number];
+  target: Target;
+  options: TargetOpenOptions;
+}
+
+/**
+ * One restore run. Every target is checked before the first is written; each block is checked
+ * against its hash on the way. A target appears complete or not at all, where its kind allows that.
+ */
+export async function executeRestore(context: EngineContext, run: ActiveRun): Promise<RunResult> {
+  const request = run.row.request as RestoreRunRequest;
+  const { repositoryId, vmId, pointId } = run.row;
+  if (repositoryId === null || vmId === null || pointId === null) {
+    throw new AppError('INTERNAL', 'a restore run without repository, VM or point');
+  }
+  await run.enter('discover');
+  await requireNoDelete(context, run, pointId);
+  const repository = await context.repositories.open(repositoryId);
+  const point = await repository.readPoint(vmId, pointId);
+  const restores = await prepare({ context, run, point, request });
+  run.setDisks(
+    restores.map(({ entry }) => ({
+      diskId: entry.diskId,
+      totalBytes: 0,
+      bytesRead: 0,
+      bytesWritten: 0,
+      bytesZeroed: 0,
+      bytesSkipped: 0,
+      method: null,
+      reason: null,
+    })),
+  );
+  await run.enter('transfer');
+  const disks: RestoredDisk[] = [];
+  for (const restore of restores) {
+    disks.push(await restoreDisk({ context, run, repository, point, restore, request }));
+  }
+  await run.enter('finalize');
+  return { kind: 'restore', disks };
+}
+
+/** Of a delete and a restore that start together at least one sees the other, because each claims its row first. */
+async function requireNoDelete(context: EngineContext, run: ActiveRun, pointId: string): Promise<void> {
+  const active = await context.db.runs.list(
+    { kind: 'delete', state: 'running' },
+    { limit: 100, cursor: null },
+  );
+  const other = active.rows.find((row) => row.pointId === pointId && row.id !== run.id);
+  if (other !== undefined) {
+    throw new AppError('POINT_IN_USE', 'the point is being deleted', { details: { runId: other.id } });
+  }
+}
+
+async function prepare(parts: {
+  context: EngineContext;
+  run: ActiveRun;
+  point: PointManifest;
+  request: RestoreRunRequest;
+}): Promise<DiskRestore[]> {
+  const { context, run, point, request } = parts;
+  const forbiddenDirectories = await forbiddenTargets(context);
+  const restores = request.disks.map((wanted): DiskRestore => {
+    const entry = point.disks.find(({ diskId }) => diskId === wanted.diskId);
+    if (entry === undefined) {
+      throw new AppError('INVALID_INPUT', `point ${point.pointId} has no disk ${wanted.diskId}`, {
+        details: { field: 'disks', diskId: wanted.diskId },
+      });
+    }
+    const target = openTarget(wanted.target, {
+      place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: run.id },
+      limits: context.settings.nbd,
+      forbiddenDirectories,
+    });
+    return {
+      wanted,
+      entry,
+      target,
+      options: { sizeBytes: entry.sizeBytes, overwrite: request.overwrite, signal: run.signal },
+    };
+  });
+  for (const { target, options } of restores) await target.check(options);
+  return restores;
+}
+
+async function forbiddenTargets(context: EngineContext): Promise<string[]> {
+  const directories = [context.stateDirectory, context.runtimeDirectory];
+  let cursor: string | null = null;
+  do {
+    const page = await context.db.repositories.list({ limit: 100, cursor });
+    directories.push(...page.rows.map(({ root }) => root));
+    cursor = page.nextCursor;
+  } while (cursor !== null);
+  return directories;
+}
+
+async function restoreDisk(parts: {
+  context: EngineContext;
+  run: ActiveRun;
+  repository: Repository;
+  point: PointManifest;
+  restore: DiskRestore;
+  request: RestoreRunRequest;
+}): Promise<RestoredDisk> {
+  const { context, run, repository, point, restore, request } = parts;
+  const { entry } = restore;
+  const chain = await repository.openChain(point, entry.diskId);
+  await using cleanup = new CleanupStack();
+  const target: OpenTarget = cleanup.use(await restore.target.open(restore.options));
+  const copied = await copyChain({
+    chain,
+    sink: target.sink,
+    isZeroed: target.isZeroed,
+    acceptDamage: request.acceptDamage,
+    hash: point.hash,
+    limits: context.settings.nbd,
+    signal: run.signal,
+    onProgress: (progress) => {
+      run.updateDisk(entry.diskId, progress);
+    },
+  });
+  await target.complete();
+  if (copied.damagedBytes > 0) {
+    run.log(
+      'warning',
+      'LAYER_CORRUPT',
+      `${entry.name}: ${formatBytes(copied.damagedBytes)} do not match their hashes`,
+      {
+        diskId: entry.diskId,
+        damagedBytes: copied.damagedBytes,
+      },
+    );
+  }
+  run.log('info', 'DISK_RESTORED', `${entry.name}: wrote ${formatBytes(copied.bytesWritten)}`, {
+    diskId: entry.diskId,
+  });
+  return {
+    diskId: entry.diskId,
+    target: restore.wanted.target,
+    bytesWritten: copied.bytesWritten,
+    damagedBytes: copied.damagedBytes,
+  };
+}
+
+/** What a restore that died left beside its file targets; found by the run id in the name. */
+export async function removeRestoreLeftovers(runId: string, request: RestoreRunRequest): Promise<void> {
+  for (const { target } of request.disks) {
+    if (target.kind === 'file') await rm(partialPath(target.path, runId), { force: true });
+  }
+}

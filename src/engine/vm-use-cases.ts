@@ -1,0 +1,69 @@
+import type { DiskRow, VmRow } from '../db/database.js';
+import { toTimestamp } from '../lib/clock.js';
+import { AppError } from '../lib/errors.js';
+import { newId, type DiskId, type VmId } from '../lib/id.js';
+import { parseDiskSource } from '../source/disk-source.js';
+import { openSource } from '../source/open-source.js';
+import { audit } from './audit.js';
+import type { EngineContext } from './context.js';
+import type { Engine, NewVm } from './engine.js';
+import { toVmView } from './views.js';
+
+type VmUseCases = Pick<Engine, 'addVm' | 'listVms' | 'getVm' | 'removeVm'>;
+
+const PROBE_TIMEOUT_MS = 30_000;
+
+export function createVmUseCases(context: EngineContext): VmUseCases {
+  const { db } = context;
+  return {
+    async addVm(input, actor) {
+      requireDistinctNames(input);
+      const vmId = newId<VmId>(context.clock.nowMs());
+      const disks: DiskRow[] = [];
+      for (const [index, disk] of input.disks.entries()) {
+        disks.push(await probeDisk(context, { vmId, number: index + 1, ...disk }));
+      }
+      const row: VmRow = { id: vmId, name: input.name, createdAt: toTimestamp(context.clock.nowMs()), disks };
+      await db.vms.insert(row);
+      await audit(context, actor, { action: 'vm.add', subject: vmId, details: { name: input.name } });
+      return toVmView(row);
+    },
+    async listVms(page) {
+      const { rows, nextCursor } = await db.vms.list(page);
+      return { items: rows.map(toVmView), nextCursor };
+    },
+    async getVm(id) {
+      const row = await db.vms.get(id);
+      if (row === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${id}`);
+      return toVmView(row);
+    },
+    async removeVm(id, actor) {
+      await db.vms.remove(id);
+      await audit(context, actor, { action: 'vm.remove', subject: id, details: {} });
+    },
+  };
+}
+
+function requireDistinctNames(input: NewVm): void {
+  const names = input.disks.map(({ name }) => name);
+  if (new Set(names).size !== names.length) {
+    throw new AppError('INVALID_INPUT', 'two disks have the same name', { details: { field: 'disks' } });
+  }
+}
+
+/** The disk is asked for its exact size now: a source that cannot be read is refused before it is relied upon. */
+async function probeDisk(
+  context: EngineContext,
+  disk: { vmId: VmId; number: number; name: string; source: unknown },
+): Promise<DiskRow> {
+  const id = newId<DiskId>(context.clock.nowMs());
+  const config = parseDiskSource(disk.source);
+  const source = openSource(config, {
+    diskId: id,
+    place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: 'probe' },
+    limits: context.settings.nbd,
+  });
+  const { sizeBytes, lineage } = await source.probe({ signal: AbortSignal.timeout(PROBE_TIMEOUT_MS) });
+  if (sizeBytes === 0) throw new AppError('INVALID_INPUT', `disk ${disk.name} is empty (0 bytes)`);
+  return { id, vmId: disk.vmId, number: disk.number, name: disk.name, sizeBytes, lineage, source: config };
+}
