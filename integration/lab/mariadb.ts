@@ -19,7 +19,7 @@ export interface LabDatabase {
   name: string;
   socketPath: string;
   user: string;
-  /** `mysql://root@localhost/<name>?socketPath=…` */
+  /** `mysql://root@localhost/<name>`, to go with `socketPath`. */
   url: string;
 }
 
@@ -69,8 +69,7 @@ export async function startMariadb(options: { dir: string }): Promise<LabMariadb
     },
     createDatabase: async (name = `holdfast${(created += 1)}`) => {
       await createDatabase(socketPath, name);
-      const query = new URLSearchParams({ socketPath });
-      return { name, socketPath, user: 'root', url: `mysql://root@localhost/${name}?${query.toString()}` };
+      return { name, socketPath, user: 'root', url: `mysql://root@localhost/${name}` };
     },
     stop: () => server.stop(),
     kill: () => server.kill(),
