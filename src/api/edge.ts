@@ -40,7 +40,7 @@ export const normaliseContentType: RequestHandler = (req, _res, next) => {
   if (hasBody && (contentType === undefined || !JSON_TYPE.test(contentType))) {
     throw new AppError('MEDIA_TYPE_UNSUPPORTED', 'the body is not application/json');
   }
-  if (hasBody && req.method === 'POST') req.headers['content-type'] = 'application/json';
+  if (req.method === 'POST') req.headers['content-type'] = 'application/json';
   else delete req.headers['content-type'];
   next();
 };

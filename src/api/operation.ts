@@ -12,10 +12,12 @@ type QueryOf<Op extends OperationId> = operations[Op]['parameters'] extends { qu
   ? OrEmpty<NonNullable<Q>>
   : unknown;
 type BodyOf<Op extends OperationId> = operations[Op] extends {
-  requestBody?: { content: { 'application/json': infer B } };
+  requestBody: { content: { 'application/json': infer B } };
 }
   ? B
-  : unknown;
+  : operations[Op] extends { requestBody?: { content: { 'application/json': infer B } } }
+    ? B | undefined
+    : unknown;
 
 /** A request that express-openapi-validator has let through: its parts are as the schema says. */
 export interface ApiRequest<Op extends OperationId> {

@@ -1,4 +1,4 @@
-import type { ErrorRequestHandler, Request, Response } from 'express';
+import type { ErrorRequestHandler, NextFunction, Request, Response } from 'express';
 import { z } from 'zod';
 import { AppError, type ErrorCode } from '../lib/errors.js';
 import { newUlid } from '../lib/id.js';
@@ -164,8 +164,8 @@ function retryAfterSeconds(error: AppError, status: number): number | undefined 
 
 /** The last middleware: every error becomes problem+json, and what is our fault is logged once. */
 export function problemHandler(logger: Logger): ErrorRequestHandler {
-  // eslint-disable-next-line max-params -- express tells error handlers by their four parameters
-  return (error: unknown, _req: Request, res: Response, next): void => {
+  // eslint-disable-next-line max-params, @typescript-eslint/no-unused-vars -- express tells error handlers by their four parameters
+  return (error: unknown, _req: Request, res: Response, _next: NextFunction): void => {
     if (res.headersSent) {
       // The answer is under way and cannot be taken back; cutting it is how the client learns.
       logger.error({ err: error }, 'answer cut');
@@ -180,6 +180,5 @@ export function problemHandler(logger: Logger): ErrorRequestHandler {
     if (problem.status === 401) res.setHeader('WWW-Authenticate', 'Bearer');
     // Not res.json: the response validator sits there, and a problem must get out whatever it says.
     res.status(problem.status).type('application/problem+json').end(JSON.stringify(body));
-    void next;
   };
 }

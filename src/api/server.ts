@@ -23,6 +23,15 @@ export async function startApi(options: Omit<ApiOptions, 'closing'>): Promise<Ap
   const closing = new AbortController();
   const app = createApi({ ...options, closing: closing.signal });
   const server = createServer({ requestTimeout: REQUEST_TIMEOUT_MS }, app);
+  server.on('request', (_req, res) => {
+    res.once('close', () => {
+      // A connection that falls idle while the server closes is not noticed by close() itself.
+      if (closing.signal.aborted)
+        setImmediate(() => {
+          server.closeIdleConnections();
+        });
+    });
+  });
   const { host, port: wantedPort } = options.config.listen;
   await listen(server, host, wantedPort);
   const address = server.address();
