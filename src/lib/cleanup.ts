@@ -23,6 +23,13 @@ export class CleanupStack implements AsyncDisposable {
     this.#steps.length = 0;
   }
 
+  /** Hands the steps over to a new stack, which its holder must run. */
+  move(): CleanupStack {
+    const next = new CleanupStack();
+    for (const step of this.#steps.splice(0)) next.defer(step);
+    return next;
+  }
+
   async run(): Promise<void> {
     const errors: unknown[] = [];
     for (let step = this.#steps.pop(); step !== undefined; step = this.#steps.pop()) {

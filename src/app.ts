@@ -1,0 +1,139 @@
+import { mkdir, readFile } from 'node:fs/promises';
+import path from 'node:path';
+import { startApi, type ApiServer } from './api/index.js';
+import type { Config } from './config/index.js';
+import { openDatabase } from './db/index.js';
+import type { EngineContext, EngineSettings } from './engine/context.js';
+import { createEngine } from './engine/create-engine.js';
+import type { Engine } from './engine/engine.js';
+import { createRunExecution } from './engine/execute-run.js';
+import { recoverRuns, requeueWaiting } from './engine/recovery.js';
+import { createRepositoryPool } from './engine/repository-pool.js';
+import { CleanupStack } from './lib/cleanup.js';
+import { systemClock } from './lib/clock.js';
+import { errnoOf, isErrorCode } from './lib/errors.js';
+import type { Logger } from './lib/log.js';
+import { openRunQueue, startManagedRedis, startRunWorkers, type RedisConnection } from './queue/index.js';
+import { openStateDirectory, readApplianceId, writePrivate, type StateDirectory } from './state-directory.js';
+
+/** How often the scheduler looks for abandoned runs, and for queued ones without a job. */
+const RECONCILE_INTERVAL_MS = 15_000;
+/** How long running runs may take to clean up when the daemon stops. */
+const STOP_TIMEOUT_MS = 30_000;
+
+/** The running daemon. Disposal ends what was built, last first. */
+export interface App extends AsyncDisposable {
+  readonly api: ApiServer | null;
+  readonly adminTokenFile: string;
+}
+
+/** Builds every long-lived object in order. What was built before a failure is ended again. */
+export async function startApp(config: Config, logger: Logger): Promise<App> {
+  await using stack = new CleanupStack();
+  await mkdir(config.stateDirectory, { recursive: true, mode: 0o700 });
+  await mkdir(config.runtimeDirectory, { recursive: true, mode: 0o700 });
+  const state = stack.use(await openStateDirectory(config.stateDirectory));
+  const db = stack.use(await openDatabase(config.database, { logger, clock: systemClock }));
+  await db.migrate();
+  const redis = await connectRedis(config, { logger, state, stack });
+  const queue = stack.use(await openRunQueue({ connection: redis, logger }));
+  const applianceId = await readApplianceId(state.path);
+  const context: EngineContext = {
+    db,
+    queue,
+    repositories: createRepositoryPool(db, applianceId),
+    clock: systemClock,
+    logger: logger.child({ component: 'engine' }),
+    applianceId,
+    workerId: state.workerId,
+    settings: engineSettings(config),
+    stateDirectory: config.stateDirectory,
+    runtimeDirectory: config.runtimeDirectory,
+    registry: state.registry,
+  };
+  const execution = createRunExecution(context);
+  const engine = createEngine(context, execution.active);
+  await ensureAdminToken(engine, state.adminTokenFile);
+  await recoverRuns(context, state.deadWorkerIds);
+  await state.forgetDeadWorkers();
+  if (config.roles.includes('scheduler')) stack.use(startReconciling(context));
+  if (config.roles.includes('worker')) {
+    const workers = startRunWorkers({
+      connection: redis,
+      concurrency: config.runs.workers,
+      execute: execution.execute,
+      logger,
+    });
+    stack.defer(() => workers.stop(STOP_TIMEOUT_MS));
+  }
+  const api = config.roles.includes('api')
+    ? stack.use(
+        await startApi({
+          engine,
+          logger,
+          config: { listen: config.listen, maxBodyBytes: config.api.maxBodyBytes },
+        }),
+      )
+    : null;
+  const steps = stack.move();
+  return { api, adminTokenFile: state.adminTokenFile, [Symbol.asyncDispose]: () => steps.run() };
+}
+
+function engineSettings(config: Config): EngineSettings {
+  return { runs: config.runs, nbd: config.nbd };
+}
+
+async function connectRedis(
+  config: Config,
+  parts: { logger: Logger; state: StateDirectory; stack: CleanupStack },
+): Promise<RedisConnection> {
+  const { commandTimeoutMs } = config.redis;
+  if (config.redis.kind === 'given') {
+    return { url: config.redis.url, socketPath: config.redis.socketPath, commandTimeoutMs };
+  }
+  const managed = parts.stack.use(
+    await startManagedRedis({
+      directory: path.join(config.stateDirectory, 'redis'),
+      runtimeDirectory: config.runtimeDirectory,
+      registry: parts.state.registry,
+      logger: parts.logger,
+    }),
+  );
+  return { url: null, socketPath: managed.socketPath, commandTimeoutMs };
+}
+
+/** The first token, for the administrator of this host: its file is the only place it is kept in. */
+async function ensureAdminToken(engine: Engine, file: string): Promise<void> {
+  try {
+    if ((await engine.authenticate((await readFile(file, 'utf8')).trim())) !== null) return;
+  } catch (error) {
+    if (errnoOf(error) !== 'ENOENT') throw error;
+  }
+  const { secret } = await engine.createToken('admin', null);
+  await writePrivate(file, `${secret}\n`);
+}
+
+/** One look at a time; a look that fails is logged and tried again at the next interval. */
+function startReconciling(context: EngineContext): AsyncDisposable {
+  let looking: Promise<void> | undefined;
+  const look = async (): Promise<void> => {
+    try {
+      await recoverRuns(context, []);
+      await requeueWaiting(context);
+    } catch (error) {
+      const isOutage = isErrorCode(error, 'DATABASE_UNAVAILABLE', 'QUEUE_UNAVAILABLE');
+      context.logger[isOutage ? 'warn' : 'error']({ err: error }, 'looking for abandoned runs failed');
+    }
+  };
+  const start = (): void => {
+    looking ??= look().finally(() => (looking = undefined));
+  };
+  const timer = setInterval(start, RECONCILE_INTERVAL_MS);
+  start();
+  return {
+    async [Symbol.asyncDispose]() {
+      clearInterval(timer);
+      await looking;
+    },
+  };
+}
