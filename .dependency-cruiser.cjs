@@ -21,7 +21,7 @@ const FOLDERS = {
   queue: 'src/queue/',
   api: 'src/api/',
   cli: 'src/cli/',
-  app: 'src/app[.]ts$',
+  app: 'src/(app|state-directory)[.]ts$',
   main: 'src/main[.]ts$',
   rescue: 'repository/rescue-main[.]ts$',
 };
