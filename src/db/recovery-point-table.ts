@@ -58,6 +58,8 @@ async function insert(session: Session, entry: NewPoint): Promise<void> {
   await session.transaction(
     'recording a point',
     async (trx) => {
+      // Of two inserts of the same point at once the second waits here, and then finds it.
+      await trx('vms').where({ id: point.vmId }).forUpdate().first('id');
       if (!(await isThere(trx))) await insertPoints(trx, [entry]);
     },
     {
