@@ -1,0 +1,101 @@
+import path from 'node:path';
+import type { Command } from 'commander';
+import { action, argument, collect, type CommandContext } from '../action.js';
+import { dataOf } from '../client.js';
+import { usageFailure } from '../failure.js';
+import { runStarted } from '../follow.js';
+import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
+import { parseJsonObject, parseRestoreDisk } from '../parse.js';
+import { formatRun, formatTime } from '../render.js';
+import { findDisk, parseId } from '../resolve.js';
+import type { Schemas } from '../client.js';
+
+interface RunOptions {
+  disk?: string[];
+  diskJson?: string[];
+  to?: string;
+  overwrite?: boolean;
+  acceptDamage?: boolean;
+  detach?: boolean;
+}
+
+const DISK_HELP = 'NAME=PATH[,format=raw|qcow2], NAME=NBD-URI or NAME=/dev/…; repeatable';
+
+export function addRestoreCommands(program: Command, context: CommandContext): void {
+  const group = program.command('restore').description('restores of points');
+  group
+    .command('run <point>')
+    .description('write disks of a point to files, NBD exports or devices')
+    .option('--disk <target>', DISK_HELP, collect)
+    .option('--disk-json <json>', 'a disk as in the API: {"diskId": …, "target": {…}}; repeatable', collect)
+    .option('--to <directory>', 'all disks, as NAME.raw in this directory')
+    .option('--overwrite', 'what the targets hold may be lost (a mounted device is refused all the same)')
+    .option('--accept-damage', 'write what is there although hashes disagree')
+    .option('--detach', 'do not wait for the end')
+    .action(
+      action<RunOptions>(context, async ({ session, args, options }) => {
+        const pointId = parseId(argument(args), 'point');
+        const wanted = (options.disk ?? []).map(parseRestoreDisk);
+        // The daemon checks the object against its schema; here it is handed on.
+        const given = (options.diskJson ?? []).map(
+          (text) => parseJsonObject(text, '--disk-json') as Schemas['RestoreDisk'],
+        );
+        const isNone = wanted.length === 0 && given.length === 0;
+        if (isNone === (options.to === undefined)) {
+          throw usageFailure('give either --disk for each disk wanted, or --to for all');
+        }
+        const api = await session.api();
+        const point = dataOf(await api.GET('/backups/{id}', { params: { path: { id: pointId } } }));
+        const disks = point.layers.map((layer) => ({ id: layer.diskId, name: layer.diskName }));
+        const targets =
+          options.to === undefined
+            ? wanted.map(({ disk, target }) => ({ diskId: findDisk(disks, disk).id, target }))
+            : disks.map((disk) => fileTarget(disk, options.to ?? ''));
+        const body = {
+          pointId,
+          disks: [...targets, ...given],
+          overwrite: options.overwrite === true,
+          acceptDamage: options.acceptDamage === true,
+        };
+        const run = dataOf(await api.POST('/restore/images', { body }));
+        return runStarted(session, run, options.detach === true);
+      }),
+    );
+  addListAndShow(group, context);
+}
+
+/** A disk's name is foreign text: it becomes a file name only when it is a plain one. */
+function fileTarget(disk: { id: string; name: string }, directory: string): Schemas['RestoreDisk'] {
+  const isPlain = /^[\w.+-]{1,200}$/.test(disk.name) && !disk.name.startsWith('.');
+  const file = path.join(path.resolve(directory), `${isPlain ? disk.name : disk.id}.raw`);
+  return { diskId: disk.id, target: { kind: 'file', path: file, format: 'raw' } };
+}
+
+function addListAndShow(group: Command, context: CommandContext): void {
+  addPaging(group.command('list').description('list restores, newest first')).action(
+    action<PagingOptions>(context, async ({ session, options }) => {
+      const api = await session.api();
+      const page = dataOf(await api.GET('/restore/images', { params: { query: pageQuery(options) } }));
+      printPage(session, page, [
+        { title: 'RUN', value: (run) => run.id },
+        { title: 'STATE', value: (run) => run.state },
+        { title: 'POINT', value: (run) => run.pointId ?? '-' },
+        { title: 'CREATED', value: (run) => formatTime(run.createdAt) },
+        { title: 'ERROR', value: (run) => run.error?.code ?? '' },
+      ]);
+      return undefined;
+    }),
+  );
+  group
+    .command('show <run>')
+    .description('show a restore')
+    .action(
+      action(context, async ({ session, args }) => {
+        const api = await session.api();
+        const id = parseId(argument(args), 'run');
+        const run = dataOf(await api.GET('/restore/images/{id}', { params: { path: { id } } }));
+        session.print(run, () => formatRun(run));
+        return undefined;
+      }),
+    );
+}

@@ -1,0 +1,104 @@
+import { formatBytes, formatDuration } from '../lib/units.js';
+import type { Schemas } from './client.js';
+import { formatFields, formatTable } from './table.js';
+import { safeText } from './text.js';
+
+type Run = Schemas['Run'];
+type Finding = Schemas['CheckFinding'];
+
+/** `2026-11-21 09:00:00Z`: UTC, to the second. */
+export function formatTime(timestamp: string | null): string {
+  return timestamp === null ? '-' : timestamp.replace('T', ' ').replace(/\.\d+Z$/, 'Z');
+}
+
+export function formatSource(source: Schemas['Disk']['source']): string {
+  if (source === null) return '(known only from a repository)';
+  return source.kind === 'nbd' ? source.uri : `${source.path} (${source.format})`;
+}
+
+function formatTarget(target: Schemas['TargetSpec']): string {
+  switch (target.kind) {
+    case 'nbd':
+      return target.uri;
+    case 'device':
+      return target.path;
+    case 'file':
+      return `${target.path} (${target.format})`;
+  }
+}
+
+/** A run for people: what it was, how it ended, what came out. */
+export function formatRun(run: Run): string {
+  const fields: [string, string][] = [
+    ['run', run.id],
+    ['kind', run.kind],
+    ['state', run.state + (run.isStalled ? ' (stalled)' : '')],
+    ...(run.stage !== null && run.state === 'running' ? [['stage', run.stage] as [string, string]] : []),
+    ...(run.attempt > 1 ? [['attempt', String(run.attempt)] as [string, string]] : []),
+    ['created', formatTime(run.createdAt)],
+    ['ended', formatTime(run.endedAt)],
+    ...(run.startedAt !== null && run.endedAt !== null
+      ? [['took', formatDuration(Date.parse(run.endedAt) - Date.parse(run.startedAt))] as [string, string]]
+      : []),
+  ];
+  return formatFields(fields) + formatDisks(run) + formatResult(run) + formatRunError(run);
+}
+
+function formatDisks(run: Run): string {
+  const { disks } = run.progress;
+  if (disks.length === 0) return '';
+  const table = formatTable(disks, [
+    { title: 'DISK', value: (disk) => disk.diskId },
+    { title: 'METHOD', value: (disk) => disk.method ?? '-' },
+    { title: 'READ', value: (disk) => formatBytes(disk.bytesRead), align: 'right' },
+    { title: 'WRITTEN', value: (disk) => formatBytes(disk.bytesWritten), align: 'right' },
+    { title: 'ZEROED', value: (disk) => formatBytes(disk.bytesZeroed), align: 'right' },
+    { title: 'REASON', value: (disk) => disk.reason?.sentence ?? '' },
+  ]);
+  return `\n${table}`;
+}
+
+function formatResult({ result }: Run): string {
+  switch (result?.kind) {
+    case undefined:
+      return '';
+    case 'backup':
+      return `\nPoint ${safeText(result.pointId)} is committed.\n`;
+    case 'restore':
+      return `\n${formatTable(result.disks, [
+        { title: 'DISK', value: (disk) => disk.diskId },
+        { title: 'TARGET', value: (disk) => formatTarget(disk.target) },
+        { title: 'WRITTEN', value: (disk) => formatBytes(disk.bytesWritten), align: 'right' },
+        { title: 'DAMAGED', value: (disk) => formatBytes(disk.damagedBytes), align: 'right' },
+      ])}`;
+    case 'check':
+      return formatReport(result.report);
+    case 'rescan':
+      return `\nFound ${result.vms} machines with ${result.points} points.\n`;
+    case 'delete':
+      return `\nFreed ${formatBytes(result.freedBytes)}.\n`;
+  }
+}
+
+function formatReport(report: Schemas['CheckReport']): string {
+  const verified =
+    report.bytesVerified > 0 ? `, ${formatBytes(report.bytesVerified)} compared with hashes` : '';
+  const looked = `\nLooked at ${report.points} points of ${report.vms} machines (${report.layers} layers${verified}).\n`;
+  if (report.findings.length === 0) return `${looked}Nothing was found.\n`;
+  const findings = formatTable<Finding>(report.findings, [
+    { title: 'SEVERITY', value: (finding) => finding.severity },
+    { title: 'CODE', value: (finding) => finding.code },
+    { title: 'MESSAGE', value: (finding) => finding.message },
+    { title: 'FILE', value: (finding) => finding.file ?? '' },
+  ]);
+  const damaged =
+    report.damagedPoints.length === 0
+      ? ''
+      : `Points not to be trusted: ${report.damagedPoints.map(safeText).join(', ')}\n`;
+  return `${looked}${findings}${damaged}`;
+}
+
+function formatRunError({ error }: Run): string {
+  if (error === null) return '';
+  return `\n${error.code}: ${safeText(error.message)}\n${safeText(error.remedy)}\n`;
+}
