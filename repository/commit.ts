@@ -25,10 +25,10 @@ const HEARTBEAT_MS = 1000;
  */
 export async function commitPoint(
   context: RepositoryContext,
-  draft: PointDraft,
-  layers: readonly OpenLayer[],
+  point: { draft: PointDraft; layers: readonly OpenLayer[] },
   options: CommitOptions,
 ): Promise<PointManifest> {
+  const { draft, layers } = point;
   const { lease } = options;
   const signal = AbortSignal.any([lease.lost, ...(options.signal === undefined ? [] : [options.signal])]);
   requireLeaseOf(lease, draft.vmId);

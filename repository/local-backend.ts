@@ -72,7 +72,7 @@ export class LocalBackend implements Backend {
   }
 
   async writeDurable(name: string, data: Buffer, options: WriteOptions = {}): Promise<void> {
-    await this.#writeTemporary(name, data, options, async (temporary, target) => {
+    await this.#writeTemporary(name, { data, ...options }, async (temporary, target) => {
       await fs.rename(temporary, target);
       await syncPath(path.dirname(target));
       return true;
@@ -80,7 +80,7 @@ export class LocalBackend implements Backend {
   }
 
   createExclusive(name: string, data: Buffer, options: WriteOptions = {}): Promise<boolean> {
-    return this.#writeTemporary(name, data, options, async (temporary, target) => {
+    return this.#writeTemporary(name, { data, ...options }, async (temporary, target) => {
       // link(2) fails when the name is taken, on NFS too, and the file appears with all its content.
       try {
         await fs.link(temporary, target);
@@ -226,17 +226,16 @@ export class LocalBackend implements Backend {
 
   async #writeTemporary(
     name: string,
-    data: Buffer,
-    options: WriteOptions,
+    content: WriteOptions & { data: Buffer },
     publish: (temporary: string, target: string) => Promise<boolean>,
   ): Promise<boolean> {
     return this.#demand(`writing ${name}`, async () => {
-      throwIfAborted(options.signal);
+      throwIfAborted(content.signal);
       const target = await this.#resolve(name);
       const temporary = path.join(path.dirname(target), `${TEMPORARY_PREFIX}${newUlid()}`);
       try {
-        await writeNewFile(temporary, data, options.mode ?? 0o600);
-        throwIfAborted(options.signal);
+        await writeNewFile(temporary, content.data, content.mode ?? 0o600);
+        throwIfAborted(content.signal);
         return await publish(temporary, target);
       } finally {
         await fs.rm(temporary, { force: true });

@@ -105,7 +105,7 @@ export class StoredRepository implements Repository {
     layers: PartialLayer[],
     options: CommitOptions,
   ): Promise<PointManifest> {
-    const manifest = await commitPoint(this.#context, draft, layers.map(ownLayer), options);
+    const manifest = await commitPoint(this.#context, { draft, layers: layers.map(ownLayer) }, options);
     for (const disk of manifest.disks) {
       if (disk.method !== 'full') this.#gauge.noteIncrement(disk.layerFileBytes);
     }

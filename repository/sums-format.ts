@@ -83,7 +83,11 @@ export function decodeSumsHeader(data: Buffer, file: string): SumsHeader {
 }
 
 /** The number of entries, from the file's size and its footer, which must agree. */
-export function decodeSumsFooter(data: Buffer, fileBytes: number, header: SumsHeader, file: string): number {
+export function decodeSumsFooter(
+  data: Buffer,
+  facts: { fileBytes: number; header: SumsHeader; file: string },
+): number {
+  const { fileBytes, header, file } = facts;
   const entriesBytes = fileBytes - SUMS_HEADER_BYTES - SUMS_FOOTER_BYTES;
   const count = entriesBytes / entryBytesOf(header.hash);
   const isGood =

@@ -71,7 +71,10 @@ export class SumsReader implements AsyncDisposable {
         offset: size - SUMS_FOOTER_BYTES,
         length: SUMS_FOOTER_BYTES,
       });
-      return new SumsReader(file, name, { header, entryCount: decodeSumsFooter(footer, size, header, name) });
+      return new SumsReader(file, name, {
+        header,
+        entryCount: decodeSumsFooter(footer, { fileBytes: size, header, file: name }),
+      });
     } catch (error) {
       await file.close();
       throw toStorageError(error, 'reading a sums file');

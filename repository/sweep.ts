@@ -1,6 +1,6 @@
 import path from 'node:path';
 import { AppError, isErrorCode, toAppError } from '../src/lib/errors.js';
-import { isUlid, newId, type DiskId, type PointId, type RunId, type VmId } from '../src/lib/id.js';
+import { isUlid, newId, type DiskId, type RunId, type VmId } from '../src/lib/id.js';
 import { TEMPORARY_PREFIX } from './backend.js';
 import type { RepositoryContext } from './context.js';
 import { digestChainProblems } from './digest-chain.js';
@@ -68,7 +68,7 @@ async function sweepVm(context: RepositoryContext, vmId: VmId): Promise<string[]
   const referenced = referencedFiles(stored);
   await requireSoundReferences(context, vmId, { stored, referenced });
   const files = await findUnreferenced(context, vmId, { stored, referenced });
-  return moveToTrash(context, { vmId, files, lease });
+  return await moveToTrash(context, { vmId, files, lease });
 }
 
 /** Layer and sums files that manifests name, as backend paths. */
@@ -121,7 +121,7 @@ async function findUnreferenced(context: RepositoryContext, vmId: VmId, facts: V
     }
   }
   for (const { name, kind } of (await context.backend.list(configRoot(vmId))) ?? []) {
-    if (kind !== 'directory' || !isUlid(name) || points.has(name as PointId)) continue;
+    if (kind !== 'directory' || !isUlid(name) || points.has(name)) continue;
     const directory = `${configRoot(vmId)}/${name}`;
     for (const entry of (await context.backend.list(directory)) ?? [])
       found.push(`${directory}/${entry.name}`);

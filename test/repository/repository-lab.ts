@@ -30,7 +30,10 @@ export interface LabPoint {
 
 /** A repository in memory-backed storage with one VM of one disk, whose layers tests fill with qemu-io. */
 export class RepositoryLab implements AsyncDisposable {
-  readonly applianceId = newId<ApplianceId>();
+  readonly directory: string;
+  readonly root: string;
+  readonly sizeBytes: number;
+  readonly applianceId: ApplianceId;
   readonly vmId = newId<VmId>();
   readonly diskId = newId<DiskId>();
   readonly runId = newId<RunId>();
@@ -38,15 +41,18 @@ export class RepositoryLab implements AsyncDisposable {
   #previous: PointManifest | undefined;
   readonly #layers: PartialLayer[] = [];
 
-  private constructor(
-    readonly directory: string,
-    readonly root: string,
-    repository: Repository,
-    readonly sizeBytes: number,
-    applianceId: ApplianceId,
-  ) {
-    this.repository = repository;
-    this.applianceId = applianceId;
+  private constructor(facts: {
+    directory: string;
+    root: string;
+    repository: Repository;
+    sizeBytes: number;
+    applianceId: ApplianceId;
+  }) {
+    this.directory = facts.directory;
+    this.root = facts.root;
+    this.repository = facts.repository;
+    this.sizeBytes = facts.sizeBytes;
+    this.applianceId = facts.applianceId;
   }
 
   static async create(options: { sizeBytes?: number; root?: string } = {}): Promise<RepositoryLab> {
@@ -54,13 +60,8 @@ export class RepositoryLab implements AsyncDisposable {
     const root = options.root ?? path.join(directory, 'repository');
     const applianceId = newId<ApplianceId>();
     const repository = await createRepository({ root, hash: 'sha-256', applianceId });
-    const lab = new RepositoryLab(
-      directory,
-      root,
-      repository,
-      options.sizeBytes ?? 16 * CLUSTER_BYTES,
-      applianceId,
-    );
+    const sizeBytes = options.sizeBytes ?? 16 * CLUSTER_BYTES;
+    const lab = new RepositoryLab({ directory, root, repository, sizeBytes, applianceId });
     await repository.putVm(lab.vmRecord());
     return lab;
   }
