@@ -1,0 +1,9 @@
+#pragma once
+
+#include <napi.h>
+
+namespace holdfast {
+
+Napi::Function DefineNbdHandle(Napi::Env env);
+
+}  // namespace holdfast
