@@ -2,7 +2,7 @@ import { throwIfAborted } from '../src/lib/deadline.js';
 import { AppError } from '../src/lib/errors.js';
 import { CleanupStack } from '../src/lib/cleanup.js';
 import { EXPECT_HASH, EXPECT_UNKNOWN, EXPECT_ZERO, type HashAlgorithm } from '../src/nbd/index.js';
-import { MARK_HASH, agrees, disagreement } from './agreement.js';
+import { agrees, disagreement } from './agreement.js';
 import { openVerifiedSums } from './check-layer.js';
 import {
   ComposedSums,
@@ -55,6 +55,8 @@ export interface ChainReader extends AsyncDisposable {
   readonly clusterBytes: number;
   readonly clusterCount: number;
   readonly hash: HashAlgorithm;
+  /** No more than this has rows: all layers' data together, at most the disk. */
+  readonly maxCopyBytes: number;
   /** Any window; ascending order is fast. LAYER_CORRUPT where a layer file and its sums differ. */
   window(startCluster: number, clusterCount: number): Promise<ChainWindow>;
   /** The window after the last one, or undefined at the end. A region no layer has comes as one window however large it is. */
@@ -107,6 +109,7 @@ class OpenChainReader implements ChainReader {
   readonly clusterBytes: number;
   readonly clusterCount: number;
   readonly hash: HashAlgorithm;
+  readonly maxCopyBytes: number;
   readonly #chain: BackingChain;
   readonly #files: readonly OpenLayerFiles[];
   readonly #composed: ComposedSums;
@@ -124,6 +127,8 @@ class OpenChainReader implements ChainReader {
     this.clusterBytes = top.sums.header.clusterBytes;
     this.clusterCount = Math.ceil(this.diskBytes / this.clusterBytes);
     this.hash = top.sums.header.hash;
+    const entries = files.reduce((sum, { sums }) => sum + sums.entryCount, 0);
+    this.maxCopyBytes = Math.min(this.diskBytes, entries * this.clusterBytes);
   }
 
   async next(windowClusters: number): Promise<ChainWindow | undefined> {
@@ -183,7 +188,7 @@ class OpenChainReader implements ChainReader {
   }
 
   async #plan(composed: ComposedWindow, hostOffsets: Float64Array): Promise<ChainWindow> {
-    const { startCluster, clusterCount, layers, marks, hashes } = composed;
+    const { startCluster, clusterCount, layers, kinds, hashes } = composed;
     const hashBytes = hashBytesOf(this.hash);
     const facts = { clusterBytes: this.clusterBytes, diskBytes: this.diskBytes, hashBytes };
     const rows = new PlanRows({ ...facts, maxClusters: clusterCount });
@@ -202,7 +207,7 @@ class OpenChainReader implements ChainReader {
         cluster,
         fileIndex,
         fileOffset,
-        kind: marks[i] === MARK_HASH ? EXPECT_HASH : EXPECT_ZERO,
+        kind: kinds[i] ?? EXPECT_UNKNOWN,
       };
       const layerBytes = this.#files[fileIndex]?.layer.sizeBytes ?? 0;
       if (this.#isShort(cluster, layerBytes)) {

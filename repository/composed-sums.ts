@@ -1,6 +1,10 @@
+import { CleanupStack } from '../src/lib/cleanup.js';
+import { EXPECT_HASH, EXPECT_ZERO } from '../src/nbd/index.js';
 import { MARK_HASH, MARK_ZERO } from './agreement.js';
+import { openVerifiedSums } from './check-layer.js';
 import { ENTRY_INDEX_BYTES, entryIndex, entryIsZero, hashBytesOf } from './sums-format.js';
 import type { SumsReader } from './sums-reader.js';
+import type { BackingChain } from './types.js';
 
 /** No layer of the chain has the cluster: it reads as zero. */
 export const LAYER_ABSENT = 0xffff;
@@ -12,9 +16,9 @@ export interface ComposedWindow {
   clusterCount: number;
   /** Index into the chain (0 is the top), or LAYER_ABSENT. */
   layers: Uint16Array;
-  /** MARK_HASH, MARK_ZERO, or 0 where absent. */
-  marks: Uint8Array;
-  /** One hash for each cluster, in order; meaningless unless the mark is MARK_HASH. */
+  /** EXPECT_HASH or EXPECT_ZERO for each cluster, as a copy session expects it; what no layer has reads as zero. */
+  kinds: Uint8Array;
+  /** One hash for each cluster, in order; meaningless unless the kind is EXPECT_HASH. */
   hashes: Buffer;
 }
 
@@ -23,7 +27,7 @@ export function emptyWindow(startCluster: number, clusterCount: number, hashByte
     startCluster,
     clusterCount,
     layers: new Uint16Array(clusterCount).fill(LAYER_ABSENT),
-    marks: new Uint8Array(clusterCount),
+    kinds: new Uint8Array(clusterCount).fill(EXPECT_ZERO),
     hashes: Buffer.allocUnsafe(clusterCount * hashBytes),
   };
 }
@@ -37,7 +41,7 @@ export async function composeLayer(
   sums: SumsReader,
   layerIndex: number,
 ): Promise<Uint8Array> {
-  const { startCluster, clusterCount, layers, marks, hashes } = window;
+  const { startCluster, clusterCount, layers, kinds, hashes } = window;
   const hashBytes = hashBytesOf(sums.header.hash);
   const own = new Uint8Array(clusterCount);
   for await (const { data, entryBytes } of sums.window(startCluster, clusterCount)) {
@@ -47,7 +51,7 @@ export async function composeLayer(
       own[slot] = mark;
       if (layers[slot] !== LAYER_ABSENT) continue;
       layers[slot] = layerIndex;
-      marks[slot] = mark;
+      kinds[slot] = mark === MARK_HASH ? EXPECT_HASH : EXPECT_ZERO;
       if (mark === MARK_HASH)
         data.copy(hashes, slot * hashBytes, offset + ENTRY_INDEX_BYTES, offset + entryBytes);
     }
@@ -55,8 +59,27 @@ export async function composeLayer(
   return own;
 }
 
-/** The sums of a whole chain, top first, as one. Windows in ascending order stream the files. */
-export class ComposedSums {
+/**
+ * The sums of a chain, verified against their manifests: what every cluster of the disk holds, known
+ * without reading data. For compare runs. The caller disposes it.
+ */
+export async function openComposedSums(
+  chain: BackingChain,
+  options: { signal?: AbortSignal | undefined } = {},
+): Promise<ComposedSums> {
+  await using undo = new CleanupStack();
+  const sums: SumsReader[] = [];
+  for (const layer of chain.layers) sums.push(undo.use(await openVerifiedSums(layer, layer, options.signal)));
+  undo.release();
+  return new ComposedSums(sums);
+}
+
+/**
+ * The sums of a whole chain, top first, as one. Windows in ascending order stream the files; one call at
+ * a time. Disposing it closes the readers. A cluster at the end of a smaller layer carries the hash of
+ * that layer's part of it: a longer cluster never equals it, so a compare stores it anew.
+ */
+export class ComposedSums implements AsyncDisposable {
   readonly #sums: readonly SumsReader[];
   readonly #hashBytes: number;
 
@@ -76,5 +99,11 @@ export class ComposedSums {
     let next = Infinity;
     for (const sums of this.#sums) next = Math.min(next, await sums.nextCluster(cluster));
     return next;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    const undo = new CleanupStack();
+    for (const sums of this.#sums) undo.use(sums);
+    await undo.run();
   }
 }

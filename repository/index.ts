@@ -1,5 +1,14 @@
 /** The public door of the repository domain. */
 export { createRepository, openRepository, type CreateOptions } from './open.js';
+export { openChainReader, type ChainReader, type ChainWindow } from './chain-reader.js';
+export { openComposedSums, type ComposedSums, type ComposedWindow } from './composed-sums.js';
+export {
+  copyChain,
+  type ChainCopyOptions,
+  type ChainCopyProgress,
+  type ChainCopyResult,
+} from './read-chain.js';
+export { scanRepository, type ScannedVm } from './scan.js';
 export type { CheckFinding, CheckOptions, CheckReport } from './check.js';
 export type { Lease, LeaseHolder } from './lease.js';
 export type {

@@ -4,6 +4,7 @@ import path from 'node:path';
 import fc from 'fast-check';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { newId, type LayerId } from '../../src/lib/id.js';
+import { EXPECT_HASH, EXPECT_ZERO } from '../../src/nbd/index.js';
 import { CLUSTER_BYTES } from '../../src/lib/units.js';
 import { ComposedSums, LAYER_ABSENT } from '../../repository/composed-sums.js';
 import { SumsFileWriter } from '../../repository/sums.js';
@@ -188,8 +189,8 @@ describe('composed sums', () => {
               const model = maps[layer]?.get(start + i);
               if (window.layers[i] !== (layer === -1 ? LAYER_ABSENT : layer))
                 throw new Error(`layer of ${start + i}`);
-              if (window.marks[i] !== (model === undefined ? 0 : model.isZero ? 2 : 1))
-                throw new Error(`mark of ${start + i}`);
+              if (window.kinds[i] !== (model === undefined || model.isZero ? EXPECT_ZERO : EXPECT_HASH))
+                throw new Error(`kind of ${start + i}`);
               const isHashed = model !== undefined && !model.isZero;
               if (isHashed && window.hashes[i * 16] !== model.seed) throw new Error(`hash of ${start + i}`);
             }
