@@ -49,7 +49,16 @@ const CORE_RULES = {
 const NO_DEFAULT_EXPORT = { selector: 'ExportDefaultDeclaration', message: 'Named exports only.' };
 
 export default defineConfig(
-  { ignores: ['dist/', 'quickstart-data/', 'coverage/', '.test-output/', 'native/build/', 'src/api/generated.d.ts'] },
+  {
+    ignores: [
+      'dist/',
+      'quickstart-data/',
+      'coverage/',
+      '.test-output/',
+      'native/build/',
+      'src/api/generated.d.ts',
+    ],
+  },
   { rules: CORE_RULES },
   {
     files: ['**/*.ts'],
