@@ -76,7 +76,7 @@ export async function copyChain(options: ChainCopyOptions): Promise<ChainCopyRes
       clusterBytes: reader.clusterBytes,
       ...limitOptions(limits),
     },
-    { signal },
+    { signal, sinkRole: 'target' },
   );
   const copy = new ChainCopy(options, reader, session);
   await copy.run();
