@@ -11,8 +11,13 @@ import { apiRouter } from './router.js';
 import { loadSpec } from './spec.js';
 
 export interface ApiConfig {
-  /** Port 0 takes a free one. */
-  listen: { host: string; port: number };
+  listen: {
+    host: string;
+    /** 0 takes a free one. */
+    port: number;
+    /** PEM files; both, or none for plain HTTP. */
+    tls?: { certificate: string | null; key: string | null };
+  };
   /** Bytes of a request body at the most. */
   maxBodyBytes: number;
   /** Values of the Host header let through on loopback besides this daemon's own, for a reverse proxy. */
@@ -26,6 +31,10 @@ export interface ApiOptions {
   clock?: Clock;
   /** Ends open event streams when it aborts. */
   closing?: AbortSignal;
+}
+
+export function isTls({ tls }: ApiConfig['listen']): boolean {
+  return typeof tls?.certificate === 'string' && typeof tls.key === 'string';
 }
 
 /** The express application: the API under `/api/v1`, its description at `/openapi.yaml` and `/docs/`. */
@@ -53,8 +62,8 @@ export function createApi(options: ApiOptions): Express {
           frameAncestors: ["'none'"],
         },
       },
-      // The daemon speaks plain HTTP on loopback; TLS and its promise belong to whoever stands before it.
-      strictTransportSecurity: false,
+      // A promise of TLS over plain HTTP would lock browsers out.
+      strictTransportSecurity: isTls(config.listen),
     }),
   );
   app.use(docsRouter(spec));

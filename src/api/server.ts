@@ -1,8 +1,11 @@
 import { once } from 'node:events';
+import { readFile } from 'node:fs/promises';
 import { createServer, type Server } from 'node:http';
+import { createServer as createTlsServer } from 'node:https';
+import type { Express } from 'express';
 import { withDeadline } from '../lib/deadline.js';
 import { AppError, errnoOf } from '../lib/errors.js';
-import { createApi, type ApiOptions } from './app.js';
+import { createApi, isTls, type ApiConfig, type ApiOptions } from './app.js';
 
 /** A request must have arrived whole within this time. */
 const REQUEST_TIMEOUT_MS = 30_000;
@@ -22,7 +25,7 @@ export interface ApiServer extends AsyncDisposable {
 export async function startApi(options: Omit<ApiOptions, 'closing'>): Promise<ApiServer> {
   const closing = new AbortController();
   const app = createApi({ ...options, closing: closing.signal });
-  const server = createServer({ requestTimeout: REQUEST_TIMEOUT_MS }, app);
+  const server = await createHttpServer(options.config.listen, app);
   server.on('request', (_req, res) => {
     res.once('close', () => {
       // A connection that falls idle while the server closes is not noticed by close() itself.
@@ -40,9 +43,24 @@ export async function startApi(options: Omit<ApiOptions, 'closing'>): Promise<Ap
   return {
     host,
     port,
-    url: `http://${host.includes(':') ? `[${host}]` : host}:${port}`,
+    url: `${isTls(options.config.listen) ? 'https' : 'http'}://${host.includes(':') ? `[${host}]` : host}:${port}`,
     [Symbol.asyncDispose]: () => (closed ??= close(server, closing)),
   };
+}
+
+async function createHttpServer({ tls }: ApiConfig['listen'], app: Express): Promise<Server> {
+  const limits = { requestTimeout: REQUEST_TIMEOUT_MS };
+  const { certificate, key } = tls ?? { certificate: null, key: null };
+  if (certificate === null || key === null) return createServer(limits, app);
+  try {
+    const secure = { cert: await readFile(certificate), key: await readFile(key) };
+    return createTlsServer({ ...limits, ...secure, minVersion: 'TLSv1.2' }, app);
+  } catch (error) {
+    throw new AppError('CONFIG_INVALID', 'the certificate or key of the API cannot be used', {
+      cause: error,
+      details: { certificate, key },
+    });
+  }
 }
 
 async function listen(server: Server, host: string, port: number): Promise<void> {

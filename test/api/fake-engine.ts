@@ -28,29 +28,13 @@ import { AppError } from '../../src/lib/errors.js';
 import {
   newId,
   type DiskId,
-  type LayerId,
   type PointId,
   type RepositoryId,
   type RunId,
   type TokenId,
   type VmId,
 } from '../../src/lib/id.js';
-
-const NOW = '2026-11-21T09:00:00.000Z';
-const GIB = 1024 ** 3;
-
-/** Pages by position: the cursor is the index of the next item. */
-function pageOf<T>(items: T[], { limit, cursor }: PageRequest): Page<T> {
-  const start = cursor === null ? 0 : Number(cursor);
-  const end = start + limit;
-  return { items: items.slice(start, end), nextCursor: end < items.length ? String(end) : null };
-}
-
-function find<T extends { id: string }>(items: T[], id: string, what: string): T {
-  const item = items.find((candidate) => candidate.id === id);
-  if (item === undefined) throw new AppError('NOT_FOUND', `there is no ${what} with this id`);
-  return item;
-}
+import { find, FOUND, GIB, newPoint, NOW, pageOf, WELL } from './fake-views.js';
 
 /** The use cases in memory: runs stand still until a test moves them with `moveRun`. */
 export class FakeEngine implements Engine {
@@ -68,15 +52,25 @@ export class FakeEngine implements Engine {
   >();
   readonly #changes = new EventEmitter();
   watchers = 0;
-  components: ComponentHealth[] = [
-    { name: 'database', isHealthy: true, message: 'sqlite at /secret/place' },
-    { name: 'queue', isHealthy: true, message: 'redis at /secret/place' },
-  ];
-  findings: DoctorFinding[] = [
-    { name: 'qemu-img', isOk: true, isRequired: true, found: '7.2.22', remedy: null },
-  ];
+  components: ComponentHealth[] = structuredClone(WELL);
+  findings: DoctorFinding[] = structuredClone(FOUND);
   /** Thrown by the next call of any listing. */
   fault: Error | null = null;
+
+  /** As new, but for the first token: one server can serve many tests. */
+  reset(): void {
+    for (const list of [this.repositories, this.vms, this.points, this.runs, this.runLog, this.requests]) {
+      list.length = 0;
+    }
+    const [first] = this.secrets;
+    this.tokens.length = 1;
+    this.secrets.clear();
+    if (first !== undefined) this.secrets.set(...first);
+    this.#idempotent.clear();
+    this.components = structuredClone(WELL);
+    this.findings = structuredClone(FOUND);
+    this.fault = null;
+  }
 
   addToken(name: string): string {
     const secret = `hf_${newId<string>()}`;
@@ -326,35 +320,11 @@ export class FakeEngine implements Engine {
 
   /** A committed point of the machine. */
   addPoint(vm: VmView, type: 'full' | 'incremental' = 'full'): BackupView {
-    const layers = vm.disks.map((disk) => ({
-      id: newId<LayerId>(),
-      diskId: disk.id,
-      diskName: disk.name,
-      parentLayerId: null,
-      sizeBytes: disk.sizeBytes,
-      fileBytes: GIB,
-      method: 'full' as const,
-      reason: { code: 'FIRST_POINT' as const, sentence: 'There is no point to stand on.' },
-      changeIdFrom: null,
-      changeIdTo: 'x',
-      bytesRead: GIB,
-      bytesWritten: GIB,
-      bytesZeroed: 0,
-    }));
-    const point: BackupView = {
-      id: newId<PointId>(),
-      vmId: vm.id,
-      vmName: vm.name,
-      repositoryId: this.repositories[0]?.id ?? newId<RepositoryId>(),
-      runId: newId<RunId>(),
-      sequence: this.points.length + 1,
+    const point = newPoint(vm, {
       type,
-      consistency: 'crash',
-      capturedAt: NOW,
-      committedAt: NOW,
-      fileBytes: GIB * layers.length,
-      layers,
-    };
+      sequence: this.points.length + 1,
+      repositoryId: this.repositories[0]?.id ?? newId<RepositoryId>(),
+    });
     this.points.unshift(point);
     return point;
   }

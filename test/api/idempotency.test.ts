@@ -1,12 +1,15 @@
-import { afterEach, beforeEach, expect, test } from 'vitest';
+import { afterAll, beforeAll, beforeEach, expect, test } from 'vitest';
 import { newUlid } from '../../src/lib/id.js';
 import { SAMPLE_VM, startFixture, type ApiFixture } from './fixture.js';
 
 let api: ApiFixture;
-beforeEach(async () => {
+beforeAll(async () => {
   api = await startFixture();
 });
-afterEach(async () => {
+beforeEach(() => {
+  api.engine.reset();
+});
+afterAll(async () => {
   await api[Symbol.asyncDispose]();
 });
 

@@ -1,13 +1,16 @@
-import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { newUlid } from '../../src/lib/id.js';
 import type { BackupView, RepositoryView, RunView, VmView } from '../../src/engine/types.js';
 import { SAMPLE_VM, startFixture, type ApiFixture } from './fixture.js';
 
 let api: ApiFixture;
-beforeEach(async () => {
+beforeAll(async () => {
   api = await startFixture();
 });
-afterEach(async () => {
+beforeEach(() => {
+  api.engine.reset();
+});
+afterAll(async () => {
   await api[Symbol.asyncDispose]();
 });
 
