@@ -27,11 +27,16 @@ export class HoldfastCommand {
       [number],
     ];
     if (exitCode !== 0) {
-      throw new AppError(
-        'INTERNAL',
-        `holdfast ${args.slice(0, 2).join(' ')} ended with exit code ${exitCode}`,
-      );
+      const command = `holdfast ${args.slice(0, 2).join(' ')}`;
+      throw new AppError('INTERNAL', `${command} ended with exit code ${exitCode}${reasonIn(output)}`);
     }
     return JSON.parse(output) as T;
   }
+}
+
+/** A run that failed, and a command that failed, both carry the reason as `error`. */
+function reasonIn(output: string): string {
+  if (output.trim() === '') return '';
+  const { error } = JSON.parse(output) as { error?: { code: string; message: string; remedy: string } };
+  return error === undefined ? '' : `: ${error.code}: ${error.message}. ${error.remedy}`;
 }
