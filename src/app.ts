@@ -13,7 +13,13 @@ import { CleanupStack } from './lib/cleanup.js';
 import { systemClock } from './lib/clock.js';
 import { errnoOf, isErrorCode } from './lib/errors.js';
 import type { Logger } from './lib/log.js';
-import { openRunQueue, startManagedRedis, startRunWorkers, type RedisConnection } from './queue/index.js';
+import {
+  openRunQueue,
+  redisAddress,
+  startManagedRedis,
+  startRunWorkers,
+  type QueueConnection,
+} from './queue/index.js';
 import { openStateDirectory, readApplianceId, writePrivate, type StateDirectory } from './state-directory.js';
 
 /** How often the scheduler looks for abandoned runs, and for queued ones without a job. */
@@ -36,7 +42,7 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
   const db = stack.use(await openDatabase(config.database, { logger, clock: systemClock }));
   await db.migrate();
   const redis = await connectRedis(config, { logger, state, stack });
-  const queue = stack.use(await openRunQueue({ connection: redis, logger }));
+  const queue = stack.use(await openRunQueue(redis, logger));
   const applianceId = await readApplianceId(state.path);
   const context: EngineContext = {
     db,
@@ -86,20 +92,23 @@ function engineSettings(config: Config): EngineSettings {
 async function connectRedis(
   config: Config,
   parts: { logger: Logger; state: StateDirectory; stack: CleanupStack },
-): Promise<RedisConnection> {
-  const { commandTimeoutMs } = config.redis;
-  if (config.redis.kind === 'given') {
-    return { url: config.redis.url, socketPath: config.redis.socketPath, commandTimeoutMs };
-  }
-  const managed = parts.stack.use(
-    await startManagedRedis({
-      directory: path.join(config.stateDirectory, 'redis'),
-      runtimeDirectory: config.runtimeDirectory,
-      registry: parts.state.registry,
-      logger: parts.logger,
-    }),
-  );
-  return { url: null, socketPath: managed.socketPath, commandTimeoutMs };
+): Promise<QueueConnection> {
+  const { redis } = config;
+  const managed =
+    redis.kind === 'given'
+      ? null
+      : parts.stack.use(
+          await startManagedRedis({
+            directory: path.join(config.stateDirectory, 'redis'),
+            runtimeDirectory: config.runtimeDirectory,
+            registry: parts.state.registry,
+            logger: parts.logger,
+          }),
+        );
+  return {
+    address: redisAddress(redis, managed?.socketPath ?? ''),
+    commandTimeoutMs: redis.commandTimeoutMs,
+  };
 }
 
 /** The first token, for the administrator of this host: its file is the only place it is kept in. */

@@ -17,7 +17,7 @@ import { findLeftovers } from '../lab/leftovers.js';
 import { startStorageDaemon, type LabStorageDaemon } from '../lab/storage-daemon.js';
 import { backUp, restoreRaw, setUp, startDaemon, type Daemon, type Setup } from './daemon.js';
 
-const SEEDS = Array.from({ length: 10 }, (_seed, index) => 1000 + index * 37);
+const SEEDS = Array.from({ length: 20 }, (_seed, index) => 1000 + index * 37);
 const INCREMENTALS = 5;
 
 /** A mixed load as a guest's file system makes it: overwrites, zeroes, discards, many of them small. */
@@ -41,8 +41,8 @@ function workload(random: SeededRandom, diskBytes: number): string[] {
 }
 
 async function chainPath(daemon: Daemon, pointId: string): Promise<string> {
-  const [chain] = await daemon.expect<ChainView[]>(200, 'GET', `/backups/${pointId}/chain`);
-  return chain?.layers[0]?.path ?? '';
+  const { items } = await daemon.expect<{ items: ChainView[] }>(200, 'GET', `/backups/${pointId}/chain`);
+  return items[0]?.layers[0]?.path ?? '';
 }
 
 describe('a disk under random writes, zeroes and discards', () => {
@@ -56,7 +56,7 @@ describe('a disk under random writes, zeroes and discards', () => {
 
   afterAll(async () => {
     await daemon.stop();
-    expect(await findLeftovers(lab.path)).toEqual([]);
+    expect(await findLeftovers(lab.file('daemon'))).toEqual([]);
     await lab[Symbol.asyncDispose]();
   });
 

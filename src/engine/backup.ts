@@ -1,4 +1,11 @@
-import { openComposedSums, type Lease, type PointManifest, type Repository } from '../../repository/index.js';
+import {
+  openComposedSums,
+  type Lease,
+  type PointManifest,
+  type Repository,
+  type VmRecord,
+} from '../../repository/index.js';
+import type { VmRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { CleanupStack } from '../lib/cleanup.js';
 import { AppError, isErrorCode } from '../lib/errors.js';
@@ -17,8 +24,8 @@ import {
   type DiskPlan,
 } from './capture-disk.js';
 import type { EngineContext } from './context.js';
-import type { DiskView, RunRequest, RunResult, VmView } from './types.js';
-import { toIndexRows, toVmView } from './views.js';
+import type { DiskView, RunRequest, RunResult } from './types.js';
+import { toDiskView, toIndexRows } from './views.js';
 
 type BackupRunRequest = Extract<RunRequest, { kind: 'backup' }>;
 
@@ -34,15 +41,16 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
   }
   await run.enter('discover');
   const repository = await context.repositories.open(repositoryId);
+  const vm = await loadVm(context, vmId);
+  await repository.putVm(vmRecord(vm, []));
   await using cleanup = new CleanupStack();
   const lease = cleanup.use(await repository.acquireVmLease(vmId, { runId: run.id, purpose: 'backup' }));
   lease.lost.addEventListener('abort', () => {
     run.abort(new AppError('LEASE_LOST', 'the lease of this VM was taken over'));
   });
-  const vm = await loadVm(context, vmId);
   const points = await repository.listPoints(vmId);
   const plans = await planDisks({ context, run, repository, points, vm, request });
-  await recordVm(repository, vm, plans);
+  await repository.putVm(vmRecord(vm, plans));
 
   await run.enter('snapshot');
   const captureContext: CaptureContext = {
@@ -71,25 +79,31 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
   return { kind: 'backup', pointId };
 }
 
-async function loadVm(context: EngineContext, vmId: VmId): Promise<VmView> {
+async function loadVm(context: EngineContext, vmId: VmId): Promise<VmRow> {
   const row = await context.db.vms.get(vmId);
   if (row === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${vmId}`);
-  return toVmView(row);
+  return row;
 }
 
-/** The repository keeps its own record of the VM, so that a rescan into an empty database finds it. */
-async function recordVm(repository: Repository, vm: VmView, plans: DiskPlan[]): Promise<void> {
-  await repository.putVm({
+/**
+ * The repository keeps its own record of the VM, so that a rescan into an empty database finds it: first
+ * with what the index knows, then with what the sources say.
+ */
+function vmRecord(vm: VmRow, plans: DiskPlan[]): VmRecord {
+  return {
     vmId: vm.id,
     name: vm.name,
-    disks: plans.map(({ disk, probe }) => ({
-      diskId: disk.id,
-      number: disk.number,
-      name: disk.name,
-      sizeBytes: probe.sizeBytes,
-      sourceLineage: probe.lineage,
-    })),
-  });
+    disks: vm.disks.map(({ id, number, name, sizeBytes, lineage }) => {
+      const probe = plans.find(({ disk }) => disk.id === id)?.probe;
+      return {
+        diskId: id,
+        number,
+        name,
+        sizeBytes: probe?.sizeBytes ?? sizeBytes,
+        sourceLineage: probe?.lineage ?? lineage,
+      };
+    }),
+  };
 }
 
 interface PlanContext {
@@ -97,13 +111,13 @@ interface PlanContext {
   run: ActiveRun;
   repository: Repository;
   points: PointManifest[];
-  vm: VmView;
+  vm: VmRow;
   request: BackupRunRequest;
 }
 
 async function planDisks(plan: PlanContext): Promise<DiskPlan[]> {
   const plans: DiskPlan[] = [];
-  for (const disk of plan.vm.disks) plans.push(await planDisk(plan, disk));
+  for (const disk of plan.vm.disks) plans.push(await planDisk(plan, toDiskView(disk)));
   if (plans.length === 0) throw new AppError('CONFLICT', `${plan.vm.name} has no disks`);
   plan.run.setDisks(
     plans.map(({ disk, decision }) => ({
@@ -226,7 +240,7 @@ async function commit(parts: {
   run: ActiveRun;
   repository: Repository;
   lease: Lease;
-  vm: VmView;
+  vm: VmRow;
   pointId: PointId;
   capturedAt: string;
   captures: DiskCapture[];

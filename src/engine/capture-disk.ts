@@ -34,7 +34,7 @@ export interface DiskPlan {
   probe: SourceProbe;
   decision: CaptureDecision;
   /** What the chain holds, for a compare. */
-  known: (() => Promise<ComposedSums & AsyncDisposable>) | null;
+  known: (() => Promise<ComposedSums>) | null;
 }
 
 export interface CaptureTotals {

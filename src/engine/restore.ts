@@ -131,8 +131,8 @@ async function restoreDisk(parts: {
     hash: point.hash,
     limits: context.settings.nbd,
     signal: run.signal,
-    onProgress: (progress) => {
-      run.updateDisk(entry.diskId, progress);
+    onProgress: ({ totalBytes, bytesRead, bytesWritten, bytesZeroed, bytesSkipped }) => {
+      run.updateDisk(entry.diskId, { totalBytes, bytesRead, bytesWritten, bytesZeroed, bytesSkipped });
     },
   });
   await target.complete();
