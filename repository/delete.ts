@@ -17,7 +17,7 @@ import type { Lease } from './lease.js';
 import { readAllManifests, readManifest } from './manifest.js';
 import { requireWritable } from './marker.js';
 import { requireLeaseOf } from './partial-layer.js';
-import { readRemovals, writeRemoval } from './removal-record.js';
+import { pruneRemovals, readRemovals, writeRemoval } from './removal-record.js';
 import type { DeleteResult } from './repository.js';
 import type { PointManifest } from './types.js';
 
@@ -58,7 +58,9 @@ export async function deletePoint(
   if (!removals.some((record) => record.pointId === pointId))
     await writeRemoval(context, { manifest, sha256 });
   await buryManifest(context, manifest, lease);
-  return removeFiles(context, manifest, lease);
+  const result = await removeFiles(context, manifest, lease);
+  await pruneRemovals(context, vmId);
+  return result;
 }
 
 /** Counted twice, over the manifests and over what the files' own headers say. */

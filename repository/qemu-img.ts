@@ -66,7 +66,9 @@ export interface ImageCheck {
 
 /** `qemu-img check`, without repair. Exit codes 2 (corruptions) and 3 (leaks) are answers. */
 export async function checkImage(file: string, signal?: AbortSignal): Promise<ImageCheck> {
-  const args = ['check', '-f', 'qcow2', '--output=json', path.basename(file)];
+  // Without `backing: null` qemu-img opens the whole chain, and a damaged parent would be held against this file.
+  const node = { driver: 'qcow2', backing: null, file: { driver: 'file', filename: path.basename(file) } };
+  const args = ['check', '-f', 'qcow2', '--output=json', `json:${JSON.stringify(node)}`];
   const { stdout } = await runTool('qemu-img', args, {
     timeoutMs: CHECK_TIMEOUT_MS,
     cwd: path.dirname(file),

@@ -3,7 +3,7 @@ import { newUlid, type PointId, type VmId } from '../src/lib/id.js';
 import { toTimestamp } from '../src/lib/clock.js';
 import type { RepositoryContext } from './context.js';
 import { parseManifestName, recordFile, recordsDirectory } from './layout.js';
-import type { StoredManifest } from './manifest.js';
+import { readAllManifests, type StoredManifest } from './manifest.js';
 import { AppError } from '../src/lib/errors.js';
 import {
   idSchema,
@@ -31,24 +31,28 @@ const removalSchema = z.strictObject({
  */
 export type RemovalRecord = z.infer<typeof removalSchema>;
 
+export interface StoredRemoval extends RemovalRecord {
+  /** The record's own id, its file name. */
+  recordId: string;
+}
+
 /** All records of a VM. MANIFEST_UNREADABLE when any one cannot be read, REPOSITORY_FORMAT when newer. */
-export async function readRemovals(context: RepositoryContext, vmId: VmId): Promise<RemovalRecord[]> {
+export async function readRemovals(context: RepositoryContext, vmId: VmId): Promise<StoredRemoval[]> {
   const entries = (await context.backend.list(recordsDirectory(vmId))) ?? [];
-  const records: RemovalRecord[] = [];
+  const records: StoredRemoval[] = [];
   for (const entry of entries) {
     const id = parseManifestName(entry.name);
     if (id === undefined) continue;
     const file = recordFile(vmId, id);
     const data = await context.backend.read(file, { maxBytes: 1024 * 1024 });
     if (data === undefined) throw new AppError('MANIFEST_UNREADABLE', `${file} vanished while it was read`);
-    records.push(
-      requireSealed(data, {
-        schema: removalSchema,
-        what: file,
-        formatVersion: FORMAT_VERSION,
-        code: 'MANIFEST_UNREADABLE',
-      }),
-    );
+    const record = requireSealed(data, {
+      schema: removalSchema,
+      what: file,
+      formatVersion: FORMAT_VERSION,
+      code: 'MANIFEST_UNREADABLE',
+    });
+    records.push({ ...record, recordId: id });
   }
   return records;
 }
@@ -67,4 +71,23 @@ export async function writeRemoval(context: RepositoryContext, point: StoredMani
   };
   await context.backend.makeDirectory(recordsDirectory(vmId));
   await context.backend.writeDurable(recordFile(vmId, newUlid(nowMs)), sealJson(record));
+}
+
+/**
+ * Removes the records that nothing needs any more: no manifest names their point as the one before it,
+ * and a higher sequence number is known. Keeps `merges/` from growing with every deleted point.
+ */
+export async function pruneRemovals(context: RepositoryContext, vmId: VmId): Promise<void> {
+  const stored = await readAllManifests(context, vmId);
+  const records = await readRemovals(context, vmId);
+  const named = new Set(stored.map(({ manifest }) => manifest.previous?.pointId));
+  const sequences = [
+    ...stored.map(({ manifest }) => manifest.sequence),
+    ...records.map(({ sequence }) => sequence),
+  ];
+  const highest = Math.max(0, ...sequences);
+  for (const { recordId, pointId, sequence } of records) {
+    if (named.has(pointId) || sequence === highest) continue;
+    await context.backend.remove(recordFile(vmId, recordId));
+  }
 }
