@@ -92,6 +92,13 @@ const redis = z.strictObject({
   url: secretUrl(['redis', 'rediss'], 'redis://user:password@host:port/number of the given server.'),
   urlFile: optionalPath('File that holds redis.url, to keep the password out of this configuration.'),
   socketPath: optionalPath('Unix socket of the given server, in place of redis.url.'),
+  prefix: setting(
+    z
+      .string()
+      .regex(/^[A-Za-z0-9_-]{1,64}$/)
+      .default('holdfast'),
+    { comment: 'Begins every key. Appliances that share a Redis server need different ones.' },
+  ),
   commandTimeoutMs: milliseconds(5000, 'A command to Redis that takes longer fails.', 100),
 });
 

@@ -27,6 +27,8 @@ export interface DatabaseOptions {
 const DEFAULTS = { connections: 10, queryTimeoutMs: 30_000, connectTimeoutMs: 10_000 };
 /** SQLite waits in the event loop's thread; longer waits are repeated by Session, which does not block. */
 const SQLITE_BUSY_MS = 50;
+/** The one connection is busy while the index of a large repository is replaced. */
+const SQLITE_TURN_MS = 60_000;
 const LOCK_WAIT_SECONDS = 10;
 const DEFAULT_MYSQL_PORT = 3306;
 
@@ -35,7 +37,8 @@ export function connect(options: DatabaseOptions, logger: Logger): Knex {
   const limits = { ...DEFAULTS, ...options };
   const db = knex({
     ...(options.kind === 'sqlite' ? sqliteConfig(options) : mysqlConfig(options, limits)),
-    acquireConnectionTimeout: limits.connectTimeoutMs,
+    acquireConnectionTimeout:
+      options.kind === 'sqlite' ? Math.max(SQLITE_TURN_MS, limits.connectTimeoutMs) : limits.connectTimeoutMs,
     log: {
       warn: (message: unknown) => {
         logger.warn({ detail: String(message) }, 'database library warning');

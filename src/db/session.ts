@@ -6,7 +6,7 @@ import type { Logger } from '../lib/log.js';
 import type { Engine } from './connection.js';
 import { isContention, toDatabaseError, type ConstraintMeaning } from './database-errors.js';
 
-const CONTENTION_TIMEOUT_MS = 15_000;
+const CONTENTION_TIMEOUT_MS = 30_000;
 const CONTENTION_INTERVAL_MS = 15;
 const SLOW_MS = 1000;
 

@@ -117,6 +117,7 @@ describe('what is refused, with the key and the file named', () => {
       'nbd: { requestBytes: 100000 }',
       'nbd.requestBytes',
     ],
+    ['a prefix with other characters', 'redis: { prefix: "a:b" }', 'redis.prefix'],
     ['a URL of another scheme', 'database: { url: "http://db/x" }', 'database.url'],
   ];
   it.each(cases)('%s', async (_what, text, key) => {
