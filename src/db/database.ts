@@ -18,6 +18,7 @@ export interface Database extends AsyncDisposable {
   readonly tokens: TokenTable;
   readonly idempotencyKeys: IdempotencyTable;
   readonly auditLog: AuditLogTable;
+  readonly settings: SettingTable;
   /** Creates and updates the tables; safe when several processes start at once. */
   migrate(): Promise<void>;
   /** One cheap round trip within the time. */
@@ -106,12 +107,19 @@ export interface RunRow {
   result: unknown;
 }
 
+/**
+ * How a run takes turns with others of the same VM and repository. `refuse`: only when no other that
+ * takes turns is queued or running; `wait`: after those, first in, first out; `none`: it takes no part
+ * and neither waits nor is waited for.
+ */
+export type RunTurn = 'refuse' | 'wait' | 'none';
+
 export interface RunTable {
   /**
-   * Inserts a queued run. With `exclusive`, rejects with RUN_ACTIVE (details.runId) when another run
-   * of the same VM and repository is queued or running, decided in one transaction.
+   * Inserts a run. With the turn `refuse`, rejects with RUN_ACTIVE (details.runId) when another one
+   * has the turn or waits for it, decided in one transaction.
    */
-  insert(row: RunRow, options: { exclusive: boolean }): Promise<void>;
+  insert(row: RunRow, options: { turn: RunTurn }): Promise<void>;
   get(id: RunId): Promise<RunRow | null>;
   list(
     filter: { kind?: string | undefined; state?: string | undefined; vmId?: VmId | undefined },
@@ -119,7 +127,7 @@ export interface RunTable {
   ): Promise<RowPage<RunRow>>;
   /**
    * queued → running for one worker; false when it is not queued any more, or when an older run of the
-   * same VM and repository is still queued or running (the queue is first in, first out for each pair).
+   * same VM and repository is still queued or running, both taking turns.
    */
   claim(id: RunId, claim: { workerId: string; at: string }): Promise<boolean>;
   /**
@@ -270,4 +278,10 @@ export interface AuditRow {
 export interface AuditLogTable {
   append(row: AuditRow): Promise<void>;
   list(page: RowPageRequest): Promise<RowPage<AuditRow>>;
+}
+
+/** What everybody that shares the database must agree on, and nobody configures. */
+export interface SettingTable {
+  /** The value under the key; `value` becomes it when there is none. Of several at once, all get the same answer. */
+  getOrCreate(key: string, value: string): Promise<string>;
 }

@@ -12,6 +12,7 @@ import { createRepositoryTable } from './repository-table.js';
 import { createRunEventTable } from './run-event-table.js';
 import { createRunTable } from './run-table.js';
 import { Session } from './session.js';
+import { createSettingTable } from './setting-table.js';
 import { createTokenTable } from './token-table.js';
 import { createVmTable } from './vm-table.js';
 
@@ -48,6 +49,7 @@ export async function openDatabase(
     tokens: createTokenTable(session),
     idempotencyKeys: createIdempotencyTable(session),
     auditLog: createAuditLogTable(session),
+    settings: createSettingTable(session),
     migrate: () => migrate(knex, session),
     ping: (timeoutMs) => ping(session, timeoutMs),
     [Symbol.asyncDispose]: close,

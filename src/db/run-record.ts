@@ -10,7 +10,7 @@ export interface RunRecord {
   vm_id: VmId | null;
   repository_id: RepositoryId | null;
   point_id: PointId | null;
-  /** VM and repository together, null unless the run has both. */
+  /** VM and repository together; null unless the run has both and takes turns with others of that pair. */
   pair_key: string | null;
   /** Equal to pair_key while running, else null; unique. */
   running_key: string | null;
@@ -30,8 +30,9 @@ export interface RunRecord {
   result: string;
 }
 
-export function toRunRecord(row: RunRow): RunRecord {
-  const pairKey = row.vmId === null || row.repositoryId === null ? null : `${row.vmId}${row.repositoryId}`;
+export function toRunRecord(row: RunRow, { takesTurns }: { takesTurns: boolean }): RunRecord {
+  const hasPair = takesTurns && row.vmId !== null && row.repositoryId !== null;
+  const pairKey = hasPair ? `${row.vmId}${row.repositoryId}` : null;
   return {
     id: row.id,
     kind: row.kind,

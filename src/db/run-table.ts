@@ -3,7 +3,7 @@ import { AppError } from '../lib/errors.js';
 import type { RunId } from '../lib/id.js';
 import { toJson } from './columns.js';
 import { decodeCursor, toPage, whereBefore } from './cursor.js';
-import type { RowPage, RowPageRequest, RunRow, RunTable } from './database.js';
+import type { RowPage, RowPageRequest, RunRow, RunTable, RunTurn } from './database.js';
 import { isUniqueViolation } from './database-errors.js';
 import { toRunRecord, toRunRow, type RunRecord } from './run-record.js';
 import type { Session } from './session.js';
@@ -69,14 +69,14 @@ export function createRunTable(session: Session): RunTable {
   };
 }
 
-/** The VM's row is locked first, so that of two exclusive requests at once one sees the other. */
-async function insert(session: Session, row: RunRow, { exclusive }: { exclusive: boolean }): Promise<void> {
-  const record = toRunRecord(row);
+/** The VM's row is locked first, so that of two requests at once that refuse one sees the other. */
+async function insert(session: Session, row: RunRow, { turn }: { turn: RunTurn }): Promise<void> {
+  const record = toRunRecord(row, { takesTurns: turn !== 'none' });
   await session.transaction(
     'recording a run',
     async (trx) => {
       if (record.vm_id !== null) await trx('vms').where({ id: record.vm_id }).forUpdate().first('id');
-      if (exclusive && record.pair_key !== null) await refuseSecond(trx, record.pair_key);
+      if (turn === 'refuse' && record.pair_key !== null) await refuseSecond(trx, record.pair_key);
       await trx<RunRecord>('runs').insert(record);
     },
     {

@@ -48,7 +48,7 @@ export function createBackupUseCases(context: EngineContext): BackupUseCases {
           vmId: input.vmId,
           pointId: newId<PointId>(context.clock.nowMs()),
           request: { kind: 'backup', type, bitmaps, bytesPerSecond },
-          whenBusy: input.whenBusy,
+          turn: input.whenBusy === 'queue' ? 'wait' : 'refuse',
         },
         actor,
       );
@@ -92,7 +92,7 @@ export function createBackupUseCases(context: EngineContext): BackupUseCases {
           vmId: row.vmId,
           pointId: id,
           request: { kind: 'delete' },
-          whenBusy: 'refuse',
+          turn: 'refuse',
         },
         actor,
       );
@@ -113,7 +113,7 @@ export function createBackupUseCases(context: EngineContext): BackupUseCases {
             overwrite: input.overwrite,
             acceptDamage: input.acceptDamage,
           },
-          whenBusy: 'queue',
+          turn: 'none',
         },
         actor,
       );

@@ -59,7 +59,7 @@ export function createRepositoryUseCases(context: EngineContext): RepositoryUseC
           vmId: options.vmId,
           pointId: options.pointId,
           request: { kind: 'check', ...options },
-          whenBusy: 'queue',
+          turn: 'none',
         },
         actor,
       );
@@ -80,7 +80,7 @@ function startRescan(context: EngineContext, repositoryId: RepositoryId, actor: 
       vmId: null,
       pointId: null,
       request: { kind: 'rescan' },
-      whenBusy: 'queue',
+      turn: 'none',
     },
     actor,
   );

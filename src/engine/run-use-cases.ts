@@ -1,4 +1,4 @@
-import type { RunRow } from '../db/database.js';
+import type { RunRow, RunTurn } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { pause } from '../lib/deadline.js';
 import { AppError, isErrorCode } from '../lib/errors.js';
@@ -20,8 +20,8 @@ export interface NewRun {
   vmId: VmId | null;
   pointId: PointId | null;
   request: RunRequest;
-  /** Runs that write to one VM in one repository go one after the other: refuse, or wait for the turn. */
-  whenBusy: 'refuse' | 'queue';
+  /** Runs that write to one VM in one repository take turns; what only reads has none to wait for. */
+  turn: RunTurn;
 }
 
 /** Records a run and puts it into the queue; when the queue is away the run waits in the database. */
@@ -47,7 +47,7 @@ export async function startRun(context: EngineContext, run: NewRun, actor: Actor
     error: null,
     result: null,
   };
-  await context.db.runs.insert(row, { exclusive: run.whenBusy === 'refuse' });
+  await context.db.runs.insert(row, { turn: run.turn });
   await audit(context, actor, {
     action: `${run.kind}.request`,
     subject: row.id,

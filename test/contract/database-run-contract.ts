@@ -9,7 +9,7 @@ const WORKER = 'host:1:a';
 export function describeRunTables(handles: () => DatabaseHandles): void {
   const insertQueued = async (db: Database, change: Partial<RunRow> = {}): Promise<RunRow> => {
     const run = runRow(change);
-    await db.runs.insert(run, { exclusive: false });
+    await db.runs.insert(run, { turn: 'wait' });
     return run;
   };
   const claimAs = (db: Database, id: RunId, workerId = WORKER): Promise<boolean> =>
@@ -29,23 +29,23 @@ export function describeRunTables(handles: () => DatabaseHandles): void {
         progress: { share: 0.5, text: "ä'\\" },
         error: { code: 'X' },
       });
-      await first.runs.insert(run, { exclusive: true });
+      await first.runs.insert(run, { turn: 'refuse' });
       expect(await second.runs.get(run.id)).toEqual(run);
       expect(await first.runs.get(newId<RunId>())).toBeNull();
     });
 
     it('refuses an unknown VM', async () => {
       await expect(
-        handles().first.runs.insert(runRow({ vmId: newId<VmId>() }), { exclusive: false }),
+        handles().first.runs.insert(runRow({ vmId: newId<VmId>() }), { turn: 'wait' }),
       ).rejects.toMatchObject({ code: 'NOT_FOUND' });
     });
 
-    it('lets one of many exclusive requests in, and names the run that is active', async () => {
+    it('lets one of many requests that refuse to wait in, and names the run that is active', async () => {
       const { first, second } = handles();
       const { vm, repository } = await addPair(first);
       const runs = Array.from({ length: 8 }, () => runRow({ vmId: vm.id, repositoryId: repository.id }));
       const results = await Promise.allSettled(
-        runs.map((run, index) => (index % 2 === 0 ? first : second).runs.insert(run, { exclusive: true })),
+        runs.map((run, index) => (index % 2 === 0 ? first : second).runs.insert(run, { turn: 'refuse' })),
       );
       const winners = runs.filter((_run, index) => results[index]?.status === 'fulfilled');
       expect(winners).toHaveLength(1);
@@ -54,17 +54,17 @@ export function describeRunTables(handles: () => DatabaseHandles): void {
       }
     });
 
-    it('is exclusive for the pair of VM and repository only, and only while a run is active', async () => {
+    it('refuses for the pair of VM and repository only, and only while a run is active', async () => {
       const { first } = handles();
       const { vm, repository } = await addPair(first);
       const { vm: otherVm, repository: otherRepository } = await addPair(first);
       const pair = { vmId: vm.id, repositoryId: repository.id };
       const run = await insertQueued(first, pair);
-      await first.runs.insert(runRow({ ...pair, vmId: otherVm.id }), { exclusive: true });
-      await first.runs.insert(runRow({ ...pair, repositoryId: otherRepository.id }), { exclusive: true });
+      await first.runs.insert(runRow({ ...pair, vmId: otherVm.id }), { turn: 'refuse' });
+      await first.runs.insert(runRow({ ...pair, repositoryId: otherRepository.id }), { turn: 'refuse' });
       await insertQueued(first, pair);
       expect(await claimAs(first, run.id)).toBe(true);
-      await expect(first.runs.insert(runRow(pair), { exclusive: true })).rejects.toMatchObject({
+      await expect(first.runs.insert(runRow(pair), { turn: 'refuse' })).rejects.toMatchObject({
         code: 'RUN_ACTIVE',
         details: { runId: run.id },
       });
@@ -110,6 +110,23 @@ export function describeRunTables(handles: () => DatabaseHandles): void {
       expect(await claimAs(first, newer.id)).toBe(true);
       const older = await insertQueued(first, { ...pair, createdAt: time(1) });
       expect(await claimAs(first, older.id)).toBe(false);
+    });
+
+    it('keeps runs that take no turns out of it: they neither wait, nor block, nor refuse', async () => {
+      const { first } = handles();
+      const { vm, repository } = await addPair(first);
+      const pair = { vmId: vm.id, repositoryId: repository.id };
+      const readers = [runRow({ ...pair, createdAt: time(1) }), runRow({ ...pair, createdAt: time(4) })];
+      await first.runs.insert(readers[0]!, { turn: 'none' });
+      const writer = runRow({ ...pair, createdAt: time(2) });
+      await first.runs.insert(writer, { turn: 'refuse' });
+      const next = await insertQueued(first, { ...pair, createdAt: time(3) });
+      await first.runs.insert(readers[1]!, { turn: 'none' });
+      expect(await claimAs(first, writer.id)).toBe(true);
+      for (const reader of readers) expect(await claimAs(first, reader.id)).toBe(true);
+      expect(await claimAs(first, next.id)).toBe(false);
+      expect(await first.runs.end(writer.id, WORKER, end)).toBe(true);
+      expect(await claimAs(first, next.id)).toBe(true);
     });
 
     it('lets runs of one pair run one at a time under many claims at once', async () => {

@@ -143,7 +143,7 @@ export function describeSmallTables(handles: () => DatabaseHandles): void {
       const { first } = handles();
       const { vm, repository } = await addPair(first, 2);
       const run = runRow({ vmId: vm.id, repositoryId: repository.id, state: 'completed' });
-      await first.runs.insert(run, { exclusive: true });
+      await first.runs.insert(run, { turn: 'refuse' });
       await first.vms.remove(vm.id);
       expect(await first.vms.get(vm.id)).toBeNull();
       expect(await first.runs.get(run.id)).toEqual({ ...run, vmId: null });
@@ -154,7 +154,7 @@ export function describeSmallTables(handles: () => DatabaseHandles): void {
       const { first } = handles();
       const { vm, repository } = await addPair(first);
       const run = runRow({ vmId: vm.id });
-      await first.runs.insert(run, { exclusive: false });
+      await first.runs.insert(run, { turn: 'wait' });
       await expect(first.vms.remove(vm.id)).rejects.toMatchObject({
         code: 'CONFLICT',
         details: { runIds: [run.id] },
@@ -234,6 +234,21 @@ export function describeSmallTables(handles: () => DatabaseHandles): void {
     });
   });
 
+  describe('settings', () => {
+    it('keep the value that was there first, also when many ask at once', async () => {
+      const { first, second } = handles();
+      const key = `key-${newId()}`;
+      const asked = await Promise.all(
+        Array.from({ length: 8 }, (_item, index) =>
+          (index % 2 === 0 ? first : second).settings.getOrCreate(key, `value ${index}`),
+        ),
+      );
+      expect(new Set(asked).size).toBe(1);
+      expect(await second.settings.getOrCreate(key, 'later')).toBe(asked[0]);
+      expect(await first.settings.getOrCreate(`${key}-other`, 'ä')).toBe('ä');
+    });
+  });
+
   describe('audit log', () => {
     it('is paged newest first', async () => {
       const { first } = handles();
@@ -249,7 +264,7 @@ export function describeSmallTables(handles: () => DatabaseHandles): void {
     it('are numbered one after the other, also when several append at once', async () => {
       const { first, second } = handles();
       const run = runRow();
-      await first.runs.insert(run, { exclusive: false });
+      await first.runs.insert(run, { turn: 'wait' });
       const event = {
         runId: run.id,
         at: time(1),

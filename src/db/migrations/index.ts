@@ -26,4 +26,5 @@ export const MIGRATIONS: readonly SchemaMigration[] = [
   creation('0009-tokens', tables.tokens),
   creation('0010-idempotency-keys', tables.idempotencyKeys),
   creation('0011-audit-log', tables.auditLog),
+  creation('0012-settings', tables.settings),
 ];

@@ -41,7 +41,7 @@ export const vmDisks: TableDefinition = {
 };
 
 /**
- * pair_key names VM and repository of a run that has both; running_key is the same while the run is
+ * pair_key names VM and repository of a run that takes turns with others of that pair; running_key is the same while the run is
  * running, and unique: the database itself lets only one run of a pair run.
  */
 export const runs: TableDefinition = {
@@ -184,4 +184,9 @@ export const auditLog: TableDefinition = {
     `subject ${t.long} NOT NULL`,
     `details ${t.long} NOT NULL`,
   ],
+};
+
+export const settings: TableDefinition = {
+  name: 'settings',
+  lines: (t) => [`setting_key ${t.word(64)} NOT NULL PRIMARY KEY`, `setting_value ${t.long} NOT NULL`],
 };
