@@ -135,16 +135,18 @@ async function waitUntilReady(daemon: RunningDaemon, child: Child): Promise<void
           `holdfastd ended while it started:\n${await readTail(daemon.logFile)}`,
         );
       }
-      return (await isHealthy(daemon.url)) ? true : undefined;
+      return (await answers(daemon.url)) ? true : undefined;
     },
     { timeoutMs: START_TIMEOUT_MS, intervalMs: 50, what: 'holdfastd becoming ready' },
   );
 }
 
-async function isHealthy(url: string): Promise<boolean> {
+/** A daemon whose repository is not mounted answers 503, and is ready all the same. */
+async function answers(url: string): Promise<boolean> {
   try {
     const response = await fetch(`${url}/api/v1/health`, { signal: AbortSignal.timeout(5000) });
-    return response.ok;
+    await response.body?.cancel();
+    return response.status === 200 || response.status === 503;
   } catch {
     // Not listening yet; the deadline decides.
     return false;

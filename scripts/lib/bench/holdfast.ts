@@ -25,8 +25,13 @@ export class BenchDaemon {
       stateDirectory: path.join(directory, 'state'),
       runtimeDirectory: await mkdtemp('/tmp/hf-bench-'),
     };
-    const daemon = await startDaemon({ ...place, port: await findFreePort() });
-    return new BenchDaemon(await openApi(daemon), place, daemon.pid);
+    try {
+      const daemon = await startDaemon({ ...place, port: await findFreePort() });
+      return new BenchDaemon(await openApi(daemon), place, daemon.pid);
+    } catch (error) {
+      await rm(place.runtimeDirectory, { recursive: true, force: true });
+      throw error;
+    }
   }
 
   idleRssBytes(): number {

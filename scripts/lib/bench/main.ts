@@ -2,6 +2,7 @@ import { mkdtemp, rm, statfs, writeFile } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
 import { runTool } from '../../../src/lib/process.js';
+import { CleanupStack } from '../../../src/lib/cleanup.js';
 import { AppError, toAppError } from '../../../src/lib/errors.js';
 import { formatBytes, GIB, MIB } from '../../../src/lib/units.js';
 import { runApiCase, seedPoints, type ApiResult } from './api-case.js';
@@ -28,35 +29,43 @@ async function runBench(options: BenchOptions): Promise<void> {
       `${options.directory} has ${formatBytes(bavail * bsize)} free, not 8 GiB`,
     );
   }
+  await using cleanup = new CleanupStack();
+  endOnSignal(cleanup);
   const directory = await mkdtemp(path.join(options.directory, 'holdfast-bench-'));
-  try {
-    const outcome = await runCases(options, directory);
-    printOutcome(outcome);
-    if (options.jsonFile !== undefined) await writeJson(options, outcome);
-  } finally {
-    await rm(directory, { recursive: true, force: true });
-  }
-}
-
-async function runCases(options: BenchOptions, directory: string): Promise<Outcome> {
+  cleanup.defer(() => rm(directory, { recursive: true, force: true }));
   const outcome: Outcome = { results: [], idleRssBytes: 0 };
   if (options.isApiWanted) await seedPoints(path.join(directory, 'state'), path.join(directory, 'list'));
   const daemon = await BenchDaemon.start(directory);
-  try {
-    outcome.idleRssBytes = daemon.idleRssBytes();
-    if (options.isApiWanted) outcome.api = await runApiCase(daemon);
-    if (options.isMainWanted) {
-      const record = (result: Result): void => {
-        outcome.results.push(result);
-        print(`${result.case} ${result.tool}: ${result.wallSeconds.toFixed(2)} s`);
-      };
-      await runMainCases({ options, directory, daemon, record });
-    }
-    if (options.isSparseWanted) outcome.sparse = await runSparseCase(daemon, directory);
-  } finally {
-    await daemon.stop();
+  cleanup.defer(() => daemon.stop());
+  await runCases(options, { directory, daemon, outcome });
+  printOutcome(outcome);
+  if (options.jsonFile !== undefined) await writeJson(options, outcome);
+}
+
+/** The daemon is detached, and outlives an interrupted bench unless it is stopped. */
+function endOnSignal(cleanup: CleanupStack): void {
+  for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+    process.once(signal, () => {
+      process.stderr.write('bench: interrupted, cleaning up\n');
+      void cleanup.run().finally(() => process.exit(130));
+    });
   }
-  return outcome;
+}
+
+async function runCases(
+  options: BenchOptions,
+  { directory, daemon, outcome }: { directory: string; daemon: BenchDaemon; outcome: Outcome },
+): Promise<void> {
+  outcome.idleRssBytes = daemon.idleRssBytes();
+  if (options.isApiWanted) outcome.api = await runApiCase(daemon);
+  if (options.isMainWanted) {
+    const record = (result: Result): void => {
+      outcome.results.push(result);
+      print(`${result.case} ${result.tool}: ${result.wallSeconds.toFixed(2)} s`);
+    };
+    await runMainCases({ options, directory, daemon, record });
+  }
+  if (options.isSparseWanted) outcome.sparse = await runSparseCase(daemon, directory);
 }
 
 function print(text: string): void {
