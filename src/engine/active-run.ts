@@ -98,8 +98,8 @@ export class ActiveRun implements AsyncDisposable {
     );
   }
 
-  log(level: RunEvent['level'], code: string, message: string, details: ErrorDetails = {}): void {
-    this.#pendingEvents.push({ at: this.#now(), level, code, message, details });
+  log(level: RunEvent['level'], entry: { code: string; message: string; details?: ErrorDetails }): void {
+    this.#pendingEvents.push({ at: this.#now(), level, details: {}, ...entry });
   }
 
   /** Does what must reach the database, waiting for it to come back if need be. */

@@ -15,7 +15,7 @@ import { bitmapNameFor } from '../source/bitmap-name.js';
 import { openSource } from '../source/open-source.js';
 import type { SourceProbe } from '../source/source.js';
 import type { ActiveRun } from './active-run.js';
-import { decideCapture, findHead, type DiskHead } from './capture-decision.js';
+import { decideCapture, findHead } from './capture-decision.js';
 import {
   openCapture,
   type CaptureContext,
@@ -154,12 +154,23 @@ async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
     tracking: disk.source.changeTracking,
     probe,
     head,
-    damage: head === null ? null : await findDamage(repository, points, head, disk.id),
+    damage:
+      head === null
+        ? null
+        : await findDamage(
+            repository,
+            points.find(({ pointId }) => pointId === head.pointId),
+            disk.id,
+          ),
     stated: request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null,
   });
-  run.log('info', decision.reason.code, `${disk.name}: ${decision.method}: ${decision.reason.sentence}`, {
-    diskId: disk.id,
-    method: decision.method,
+  run.log('info', {
+    code: decision.reason.code,
+    message: `${disk.name}: ${decision.method}: ${decision.reason.sentence}`,
+    details: {
+      diskId: disk.id,
+      method: decision.method,
+    },
   });
   await followDisk(plan, disk, probe);
   const parentPoint = points.find(({ pointId }) => pointId === decision.parent?.pointId);
@@ -176,12 +187,11 @@ async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
 /** The index follows what the source is now; the point keeps what it was. */
 async function followDisk({ context, run }: PlanContext, disk: DiskView, probe: SourceProbe): Promise<void> {
   if (probe.sizeBytes !== disk.sizeBytes) {
-    run.log(
-      'warning',
-      'SOURCE_SIZE_MISMATCH',
-      `${disk.name} has ${probe.sizeBytes} bytes now and had ${disk.sizeBytes} before`,
-      { diskId: disk.id },
-    );
+    run.log('warning', {
+      code: 'SOURCE_SIZE_MISMATCH',
+      message: `${disk.name} has ${probe.sizeBytes} bytes now and had ${disk.sizeBytes} before`,
+      details: { diskId: disk.id },
+    });
   }
   const change = { sizeBytes: probe.sizeBytes, lineage: probe.lineage };
   await run.insist(() => context.db.vms.updateDisk(disk.id, change));
@@ -190,11 +200,9 @@ async function followDisk({ context, run }: PlanContext, disk: DiskView, probe: 
 /** Null when the head's chain is whole as far as headers and files tell. */
 async function findDamage(
   repository: Repository,
-  points: readonly PointManifest[],
-  head: DiskHead,
+  point: PointManifest | undefined,
   diskId: DiskId,
 ): Promise<string | null> {
-  const point = points.find(({ pointId }) => pointId === head.pointId);
   if (point === undefined) return null;
   try {
     await repository.openChain(point, diskId);
@@ -227,12 +235,11 @@ async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<Captu
   const totals = await capture.transfer(({ bytesRead, bytesWritten, bytesZeroed, bytesSkipped }) => {
     run.updateDisk(disk.id, { bytesRead, bytesWritten, bytesZeroed, bytesSkipped });
   });
-  run.log(
-    'info',
-    'DISK_COPIED',
-    `${disk.name}: ${decision.method}: read ${formatBytes(totals.bytesRead)}, wrote ${formatBytes(totals.bytesWritten)}`,
-    { diskId: disk.id, ...totals },
-  );
+  run.log('info', {
+    code: 'DISK_COPIED',
+    message: `${disk.name}: ${decision.method}: read ${formatBytes(totals.bytesRead)}, wrote ${formatBytes(totals.bytesWritten)}`,
+    details: { diskId: disk.id, ...totals },
+  });
   return totals;
 }
 
@@ -293,8 +300,12 @@ async function commit(parts: {
 async function indexPoint(context: EngineContext, run: ActiveRun, manifest: PointManifest): Promise<void> {
   const rows = toIndexRows(manifest);
   await run.insist(() => context.db.points.insert(rows.point, rows.layers));
-  run.log('info', 'POINT_COMMITTED', `point ${manifest.pointId} (${manifest.type}) is complete`, {
-    pointId: manifest.pointId,
-    sequence: manifest.sequence,
+  run.log('info', {
+    code: 'POINT_COMMITTED',
+    message: `point ${manifest.pointId} (${manifest.type}) is complete`,
+    details: {
+      pointId: manifest.pointId,
+      sequence: manifest.sequence,
+    },
   });
 }

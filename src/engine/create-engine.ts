@@ -4,6 +4,7 @@ import { createHealthUseCases } from './doctor.js';
 import type { Engine } from './engine.js';
 import type { ActiveRuns } from './execute-run.js';
 import { createRepositoryUseCases } from './repository-use-cases.js';
+import { createRestoreUseCases } from './restore-use-cases.js';
 import { createRunUseCases } from './run-use-cases.js';
 import { createTokenUseCases } from './token-use-cases.js';
 import { createVmUseCases } from './vm-use-cases.js';
@@ -14,6 +15,7 @@ export function createEngine(context: EngineContext, active: ActiveRuns): Engine
     ...createRepositoryUseCases(context),
     ...createVmUseCases(context),
     ...createBackupUseCases(context),
+    ...createRestoreUseCases(context),
     ...createRunUseCases(context, active),
     ...createTokenUseCases(context),
     ...createHealthUseCases(context),

@@ -65,8 +65,12 @@ async function claim(context: EngineContext, runId: RunId): Promise<RunRow | 'en
 
 async function executeClaimed(context: EngineContext, run: ActiveRun, shutdown: AbortSignal): Promise<void> {
   const kind = run.row.kind as RunKind;
-  run.log('info', 'RUN_STARTED', `${kind} started, attempt ${run.row.attempt}`, {
-    workerId: context.workerId,
+  run.log('info', {
+    code: 'RUN_STARTED',
+    message: `${kind} started, attempt ${run.row.attempt}`,
+    details: {
+      workerId: context.workerId,
+    },
   });
   try {
     const result = await EXECUTORS[kind](context, run);
@@ -76,7 +80,7 @@ async function executeClaimed(context: EngineContext, run: ActiveRun, shutdown: 
     if (reason.code === 'INTERNAL')
       context.logger.error({ err: error, runId: run.id }, 'run failed unexpectedly');
     if (await retry(context, run, reason)) return;
-    run.log('error', reason.code, reason.message, reason.details);
+    run.log('error', { code: reason.code, message: reason.message, details: reason.details });
     await run.end({ state: stateOf(reason), error: toRunError(reason), result: null });
   }
 }
@@ -101,9 +105,13 @@ async function retry(context: EngineContext, run: ActiveRun, reason: AppError): 
   const { attempt } = run.row;
   if (!reason.retryable || attempt >= attempts) return false;
   const delayMs = backoffMs * 2 ** (attempt - 1);
-  run.log('warning', reason.code, `${reason.message}; trying again in ${Math.round(delayMs / 1000)} s`, {
-    ...reason.details,
-    attempt,
+  run.log('warning', {
+    code: reason.code,
+    message: `${reason.message}; trying again in ${Math.round(delayMs / 1000)} s`,
+    details: {
+      ...reason.details,
+      attempt,
+    },
   });
   if (!(await run.requeue())) return false;
   try {

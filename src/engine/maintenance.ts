@@ -32,7 +32,7 @@ export async function executeCheck(context: EngineContext, run: ActiveRun): Prom
   });
   for (const finding of report.findings) {
     const { severity, code, message, ...details } = finding;
-    run.log(severity, code, message, details);
+    run.log(severity, { code, message, details });
   }
   return { kind: 'check', report };
 }
@@ -69,7 +69,10 @@ export async function executeRescan(context: EngineContext, run: ActiveRun): Pro
   await run.insist(() =>
     context.db.points.replaceRepository(repository.marker.repositoryId, { vms, points }),
   );
-  run.log('info', 'RESCANNED', `found ${vms.length} virtual machines and ${points.length} points`);
+  run.log('info', {
+    code: 'RESCANNED',
+    message: `found ${vms.length} virtual machines and ${points.length} points`,
+  });
   return { kind: 'rescan', vms: vms.length, points: points.length };
 }
 
@@ -85,7 +88,7 @@ export async function executeDelete(context: EngineContext, run: ActiveRun): Pro
   await run.enter('finalize');
   const freedBytes = await deletePoint(repository, { vmId, pointId, lease });
   await run.insist(() => context.db.points.remove(pointId));
-  run.log('info', 'POINT_DELETED', `point ${pointId} is gone`, { freedBytes });
+  run.log('info', { code: 'POINT_DELETED', message: `point ${pointId} is gone`, details: { freedBytes } });
   return { kind: 'delete', freedBytes };
 }
 

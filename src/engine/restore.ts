@@ -137,18 +137,21 @@ async function restoreDisk(parts: {
   });
   await target.complete();
   if (copied.damagedBytes > 0) {
-    run.log(
-      'warning',
-      'LAYER_CORRUPT',
-      `${entry.name}: ${formatBytes(copied.damagedBytes)} do not match their hashes`,
-      {
+    run.log('warning', {
+      code: 'LAYER_CORRUPT',
+      message: `${entry.name}: ${formatBytes(copied.damagedBytes)} do not match their hashes`,
+      details: {
         diskId: entry.diskId,
         damagedBytes: copied.damagedBytes,
       },
-    );
+    });
   }
-  run.log('info', 'DISK_RESTORED', `${entry.name}: wrote ${formatBytes(copied.bytesWritten)}`, {
-    diskId: entry.diskId,
+  run.log('info', {
+    code: 'DISK_RESTORED',
+    message: `${entry.name}: wrote ${formatBytes(copied.bytesWritten)}`,
+    details: {
+      diskId: entry.diskId,
+    },
   });
   return {
     diskId: entry.diskId,
