@@ -3,7 +3,6 @@ import { AppError } from '../src/lib/errors.js';
 import { CleanupStack } from '../src/lib/cleanup.js';
 import { EXPECT_HASH, EXPECT_UNKNOWN, EXPECT_ZERO, type HashAlgorithm } from '../src/nbd/index.js';
 import { agrees, disagreement } from './agreement.js';
-import { openVerifiedSums } from './check-layer.js';
 import {
   ComposedSums,
   LAYER_ABSENT,
@@ -17,6 +16,7 @@ import { CLUSTER_DATA, Qcow2File } from './qcow2.js';
 import { qcow2Problem } from './qcow2-header.js';
 import { hashBytesOf } from './sums-format.js';
 import type { SumsReader } from './sums-reader.js';
+import { openVerifiedSums } from './verified-sums.js';
 import type { BackingChain, ChainLayer } from './types.js';
 
 /**
@@ -84,7 +84,7 @@ export async function openChainReader(
   for (const layer of chain.layers) {
     throwIfAborted(options.signal);
     const image = undo.use(await Qcow2File.open(layer.path));
-    const sums = undo.use(await openVerifiedSums(layer, layer, options.signal));
+    const sums = undo.use(await openVerifiedSums(layer, options.signal));
     requireSameForm(files[0], { layer, image, sums });
     files.push({ layer, image, sums });
   }

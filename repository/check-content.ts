@@ -2,7 +2,7 @@ import { EXPECT_HASH, EXPECT_ZERO, openCopySession, type CopySession } from '../
 import { throwIfAborted } from '../src/lib/deadline.js';
 import { MARK_HASH } from './agreement.js';
 import { composeLayer, emptyWindow } from './composed-sums.js';
-import type { CheckFinding, LayerTask } from './check.js';
+import type { CheckFinding, LayerTask } from './check-report.js';
 import { describeTask, toFinding } from './check-layer.js';
 import type { RepositoryContext } from './context.js';
 import { PlanRows } from './plan-rows.js';

@@ -1,5 +1,5 @@
 import { TEMPORARY_PREFIX } from './backend.js';
-import type { CheckFinding } from './check.js';
+import type { CheckFinding } from './check-report.js';
 import type { RepositoryContext } from './context.js';
 import { PARTIAL_PREFIX, diskDirectory, layerName, layersDirectory, sumsName } from './layout.js';
 import type { StoredManifest } from './manifest.js';

@@ -1,13 +1,11 @@
 import { AppError, isErrorCode, toAppError } from '../src/lib/errors.js';
 import { requireAgreement } from './agreement.js';
 import { describeLayer, requireLayerHeader } from './chain.js';
-import type { CheckFinding, LayerTask } from './check.js';
+import type { CheckFinding, LayerTask } from './check-report.js';
 import type { RepositoryContext } from './context.js';
 import { Qcow2File } from './qcow2.js';
 import { checkImage } from './qemu-img.js';
-import { corruptSums } from './sums-format.js';
-import { SumsReader } from './sums-reader.js';
-import type { ChainLayer, ManifestDisk } from './types.js';
+import { openVerifiedSums } from './verified-sums.js';
 
 /** Everything about one layer that can be told without reading its data. */
 export async function checkLayerStructure(
@@ -39,35 +37,12 @@ export async function checkLayerStructure(
     });
   }
   await note(findings, task, async () => {
-    await using sums = await openVerifiedSums(layer, task.disk, signal);
+    await using sums = await openVerifiedSums(layer, signal);
     if (!isThere) return;
     await using image = await Qcow2File.open(layer.path);
     await requireAgreement(image, sums, { file: layer.path, signal });
   });
   return findings;
-}
-
-/** The sums of a layer whose digest, layer and size are what the manifest says. The caller closes it. */
-export async function openVerifiedSums(
-  layer: ChainLayer,
-  disk: Pick<ManifestDisk, 'sizeBytes'>,
-  signal: AbortSignal | undefined,
-): Promise<SumsReader> {
-  const sums = await SumsReader.open(layer.sumsPath);
-  try {
-    if (sums.header.layerId !== layer.layerId || sums.header.diskBytes !== disk.sizeBytes) {
-      throw corruptSums(layer.sumsPath, 'it belongs to another layer', { layerId: layer.layerId });
-    }
-    if ((await sums.digest(signal)) !== layer.sumsSha256) {
-      throw corruptSums(layer.sumsPath, 'its digest is not the one in the manifest', {
-        layerId: layer.layerId,
-      });
-    }
-    return sums;
-  } catch (error) {
-    await sums.close();
-    throw error;
-  }
 }
 
 export function describeTask(task: LayerTask): Pick<CheckFinding, 'vmId' | 'pointId' | 'diskId' | 'layerId'> {

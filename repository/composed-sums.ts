@@ -1,9 +1,9 @@
 import { CleanupStack } from '../src/lib/cleanup.js';
 import { EXPECT_HASH, EXPECT_ZERO } from '../src/nbd/index.js';
 import { MARK_HASH, MARK_ZERO } from './agreement.js';
-import { openVerifiedSums } from './check-layer.js';
 import { ENTRY_INDEX_BYTES, entryIndex, entryIsZero, hashBytesOf } from './sums-format.js';
 import type { SumsReader } from './sums-reader.js';
+import { openVerifiedSums } from './verified-sums.js';
 import type { BackingChain } from './types.js';
 
 /** No layer of the chain has the cluster: it reads as zero. */
@@ -69,7 +69,7 @@ export async function openComposedSums(
 ): Promise<ComposedSums> {
   await using undo = new CleanupStack();
   const sums: SumsReader[] = [];
-  for (const layer of chain.layers) sums.push(undo.use(await openVerifiedSums(layer, layer, options.signal)));
+  for (const layer of chain.layers) sums.push(undo.use(await openVerifiedSums(layer, options.signal)));
   undo.release();
   return new ComposedSums(sums);
 }

@@ -9,7 +9,7 @@ export {
   type ChainCopyResult,
 } from './read-chain.js';
 export { scanRepository, type ScannedVm } from './scan.js';
-export type { CheckFinding, CheckOptions, CheckReport } from './check.js';
+export type { CheckFinding, CheckOptions, CheckReport } from './check-report.js';
 export type { Lease, LeaseHolder } from './lease.js';
 export type {
   CommitOptions,

@@ -73,6 +73,14 @@ export async function createRepository(options: CreateOptions): Promise<Reposito
  * REPOSITORY_FORMAT for a newer format, REPOSITORY_FOREIGN when another appliance owns it.
  */
 export async function openRepository(options: OpenOptions, parts: RepositoryParts = {}): Promise<Repository> {
+  return new StoredRepository(await openContext(options, parts));
+}
+
+/** As `openRepository`, for the parts of this folder that work on the context itself. */
+export async function openContext(
+  options: OpenOptions,
+  parts: RepositoryParts = {},
+): Promise<RepositoryContext> {
   const root = path.resolve(options.root);
   const local = new LocalBackend({ root: options.root, anchor: MARKER_FILE });
   const backend = parts.backend?.(local) ?? local;
@@ -84,16 +92,12 @@ export async function openRepository(options: OpenOptions, parts: RepositoryPart
   };
   const marker = await readMarker(backend);
   const { applianceId } = options;
-  if (applianceId === undefined) return new StoredRepository({ ...base, marker, applianceId });
+  if (applianceId === undefined) return { ...base, marker, applianceId };
   if (options.takeover === true && marker.ownerApplianceId !== applianceId) {
-    return new StoredRepository({
-      ...base,
-      marker: await takeOver({ ...base, marker, applianceId }),
-      applianceId,
-    });
+    return { ...base, marker: await takeOver({ ...base, marker, applianceId }), applianceId };
   }
   requireOwner(marker, applianceId);
-  return new StoredRepository({ ...base, marker, applianceId });
+  return { ...base, marker, applianceId };
 }
 
 /**

@@ -1,5 +1,5 @@
 import type { ApplianceId, DiskId, LayerId, PointId, RunId, VmId } from '../src/lib/id.js';
-import type { CheckOptions, CheckReport } from './check.js';
+import type { CheckOptions, CheckReport } from './check-report.js';
 import type { Lease, LeaseHolder } from './lease.js';
 import type { SumsWriter } from './sums.js';
 import type {

@@ -209,8 +209,9 @@ describe('sweep', () => {
 
   it('touches nothing of a VM while a run holds its lease', async () => {
     await lab.commit(new Map([[0, 1]]));
-    await using _lease = await lab.lease();
+    const lease = await lab.lease();
     await untouched(/REPOSITORY_LOCKED/);
+    await lease.release();
   });
 
   it('touches nothing when a named layer stands on a file that no manifest names', async () => {
