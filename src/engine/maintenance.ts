@@ -69,11 +69,29 @@ export async function executeRescan(context: EngineContext, run: ActiveRun): Pro
   await run.insist(() =>
     context.db.points.replaceRepository(repository.marker.repositoryId, { vms, points }),
   );
+  await followChanges({ context, run, repository }, new Set(points.map(({ point }) => point.id)));
   run.log('info', {
     code: 'RESCANNED',
     message: `found ${vms.length} virtual machines and ${points.length} points`,
   });
   return { kind: 'rescan', vms: vms.length, points: points.length };
+}
+
+/** Points that came or went between the reading of the manifests and the replacement of the index. */
+async function followChanges(
+  { context, run, repository }: { context: EngineContext; run: ActiveRun; repository: Repository },
+  indexed: ReadonlySet<PointId>,
+): Promise<void> {
+  const gone = new Set(indexed);
+  for await (const { points } of scanRepository(repository)) {
+    for (const manifest of points) {
+      gone.delete(manifest.pointId);
+      if (indexed.has(manifest.pointId)) continue;
+      const rows = toIndexRows(manifest);
+      await run.insist(() => context.db.points.insert(rows.point, rows.layers));
+    }
+  }
+  for (const pointId of gone) await run.insist(() => context.db.points.remove(pointId));
 }
 
 /** Removes a point nothing stands on: manifest first, then files, then the index. */
