@@ -7,11 +7,12 @@ import type { EngineContext, EngineSettings } from './engine/context.js';
 import { createEngine } from './engine/create-engine.js';
 import type { Engine } from './engine/engine.js';
 import { createRunExecution } from './engine/execute-run.js';
-import { recoverRuns, requeueWaiting } from './engine/recovery.js';
+import { createRecovery, recoveryIntervalMs, requeueWaiting, type Recovery } from './engine/recovery.js';
 import { createRepositoryPool } from './engine/repository-pool.js';
 import { CleanupStack } from './lib/cleanup.js';
 import { systemClock } from './lib/clock.js';
 import { errnoOf, isErrorCode } from './lib/errors.js';
+import { newId, type ApplianceId } from './lib/id.js';
 import type { Logger } from './lib/log.js';
 import {
   openRunQueue,
@@ -20,10 +21,8 @@ import {
   startRunWorkers,
   type QueueConnection,
 } from './queue/index.js';
-import { openStateDirectory, readApplianceId, writePrivate, type StateDirectory } from './state-directory.js';
+import { openStateDirectory, writePrivate, type StateDirectory } from './state-directory.js';
 
-/** How often the scheduler looks for abandoned runs, and for queued ones without a job. */
-const RECONCILE_INTERVAL_MS = 15_000;
 /** How long running runs may take to clean up when the daemon stops. */
 const STOP_TIMEOUT_MS = 30_000;
 
@@ -38,12 +37,13 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
   await using stack = new CleanupStack();
   await mkdir(config.stateDirectory, { recursive: true, mode: 0o700 });
   await mkdir(config.runtimeDirectory, { recursive: true, mode: 0o700 });
-  const state = stack.use(await openStateDirectory(config.stateDirectory));
+  const state = stack.use(await openStateDirectory(config.stateDirectory, config.runtimeDirectory));
   const db = stack.use(await openDatabase(config.database, { logger, clock: systemClock }));
   await db.migrate();
   const redis = await connectRedis(config, { logger, state, stack });
   const queue = stack.use(await openRunQueue(redis, logger));
-  const applianceId = await readApplianceId(state.path);
+  // Everybody on one database is one appliance, and owns the same repositories.
+  const applianceId = (await db.settings.getOrCreate('appliance-id', newId<ApplianceId>())) as ApplianceId;
   const context: EngineContext = {
     db,
     queue,
@@ -55,14 +55,16 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
     settings: engineSettings(config),
     stateDirectory: config.stateDirectory,
     runtimeDirectory: config.runtimeDirectory,
+    socketDirectory: state.socketDirectory,
     registry: state.registry,
   };
   const execution = createRunExecution(context);
   const engine = createEngine(context, execution.active);
   await ensureAdminToken(engine, state.adminTokenFile);
-  await recoverRuns(context, state.deadWorkerIds);
+  const recovery = createRecovery(context, execution.active);
+  await recovery.recoverDead(state.deadWorkerIds);
   await state.forgetDeadWorkers();
-  if (config.roles.includes('scheduler')) stack.use(startReconciling(context));
+  if (config.roles.includes('scheduler')) stack.use(startReconciling(context, recovery));
   if (config.roles.includes('worker')) {
     const workers = startRunWorkers({
       connection: redis,
@@ -107,6 +109,7 @@ async function connectRedis(
         );
   return {
     address: redisAddress(redis, managed?.socketPath ?? ''),
+    prefix: redis.prefix,
     commandTimeoutMs: redis.commandTimeoutMs,
   };
 }
@@ -122,12 +125,12 @@ async function ensureAdminToken(engine: Engine, file: string): Promise<void> {
   await writePrivate(file, `${secret}\n`);
 }
 
-/** One look at a time; a look that fails is logged and tried again at the next interval. */
-function startReconciling(context: EngineContext): AsyncDisposable {
+/** Looks for abandoned runs, and for queued ones without a job. One look at a time; a look that fails is logged and tried again at the next interval. */
+function startReconciling(context: EngineContext, recovery: Recovery): AsyncDisposable {
   let looking: Promise<void> | undefined;
   const look = async (): Promise<void> => {
     try {
-      await recoverRuns(context, []);
+      await recovery.recoverAbandoned();
       await requeueWaiting(context);
     } catch (error) {
       const isOutage = isErrorCode(error, 'DATABASE_UNAVAILABLE', 'QUEUE_UNAVAILABLE');
@@ -137,7 +140,7 @@ function startReconciling(context: EngineContext): AsyncDisposable {
   const start = (): void => {
     looking ??= look().finally(() => (looking = undefined));
   };
-  const timer = setInterval(start, RECONCILE_INTERVAL_MS);
+  const timer = setInterval(start, recoveryIntervalMs(context.settings));
   start();
   return {
     async [Symbol.asyncDispose]() {

@@ -13,7 +13,8 @@ const program = new Command('holdfastd')
   .option('--config <file>', `configuration file (default: ${DEFAULT_CONFIG_FILE} if it is there)`)
   .option('--roles <list>', `what this process does, of ${ROLES.join(',')} (default: all)`)
   .action(async (options: { config?: string; roles?: string }) => {
-    process.exitCode = await run(options);
+    // All is closed by now: no timer that a library still holds keeps the process.
+    process.exit(await run(options));
   });
 
 /** Runs until SIGTERM or SIGINT; a second signal ends it at once. */

@@ -37,7 +37,7 @@ export class ActiveRun implements AsyncDisposable {
   constructor(
     private readonly context: EngineContext,
     readonly row: RunRow,
-    shutdown: AbortSignal,
+    private readonly shutdown: AbortSignal,
   ) {
     this.id = row.id;
     this.signal = AbortSignal.any([this.#controller.signal, shutdown]);
@@ -102,15 +102,18 @@ export class ActiveRun implements AsyncDisposable {
     this.#pendingEvents.push({ at: this.#now(), level, details: {}, ...entry });
   }
 
-  /** Does what must reach the database, waiting for it to come back if need be. */
+  /**
+   * Does what must reach the database, waiting for it to come back if need be. Not while this process
+   * stops: then the run stays as it is, and recovery ends it.
+   */
   async insist<T>(work: () => Promise<T>): Promise<T> {
     const done = await pollUntil(
       async () => {
         try {
           return { answer: await work() };
         } catch (error) {
-          if (isErrorCode(error, 'DATABASE_UNAVAILABLE')) return undefined;
-          throw error;
+          if (!isErrorCode(error, 'DATABASE_UNAVAILABLE') || this.shutdown.aborted) throw error;
+          return undefined;
         }
       },
       { timeoutMs: DATABASE_OUTAGE_MS, intervalMs: 1000, what: 'the database coming back' },

@@ -59,7 +59,7 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
     vmId,
     runId: run.id,
     settings: context.settings.nbd,
-    place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: run.id },
+    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
     bytesPerSecond: request.bytesPerSecond,
     signal: run.signal,
   };
@@ -143,7 +143,7 @@ async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
   }
   const source = openSource(disk.source, {
     diskId: disk.id,
-    place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: run.id },
+    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
     limits: context.settings.nbd,
   });
   const probe = await source.probe({ signal: run.signal });

@@ -39,6 +39,9 @@ export interface EngineContext {
   readonly workerId: string;
   readonly settings: EngineSettings;
   readonly stateDirectory: string;
+  /** Sockets of the whole installation. */
   readonly runtimeDirectory: string;
+  /** Sockets of the private servers of this process; removed with it, or by the next start. */
+  readonly socketDirectory: string;
   readonly registry: ChildRegistry;
 }

@@ -1,23 +1,62 @@
 import type { RunRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
+import type { RunId } from '../lib/id.js';
 import type { EngineContext } from './context.js';
+import type { ActiveRuns } from './execute-run.js';
 import { removeRestoreLeftovers, type RestoreRunRequest } from './restore.js';
 import type { RunKind, RunResult } from './types.js';
 import { toIndexRows, toRunError } from './views.js';
 
 /**
- * Ends what a crash left behind: runs whose worker is dead (named in `deadWorkerIds`, or without a
- * heartbeat for too long). A run whose manifest is there did complete, only its index entry and its
- * last word were lost; any other is interrupted, its partial files removed. What cannot be cleaned now
- * (a repository that is offline) stays `running` and is tried again at the next call.
+ * Ends what a crash left behind. A run whose manifest is there did complete, only its index entry and
+ * its last word were lost; any other is interrupted, its partial files removed. What cannot be cleaned
+ * now (a repository that is offline) stays `running` and is tried again at the next look.
  */
-export async function recoverRuns(context: EngineContext, deadWorkerIds: string[]): Promise<void> {
-  const before = context.clock.nowMs() - context.settings.runs.abandonedAfterMs;
-  const abandoned = await context.db.runs.listAbandoned({
-    heartbeatBefore: toTimestamp(before),
-    workerIds: deadWorkerIds,
-  });
+export interface Recovery {
+  /** The runs of workers that are dead for certain. */
+  recoverDead(workerIds: string[]): Promise<void>;
+  /**
+   * The runs without a heartbeat for too long, of workers elsewhere. Call it at intervals of
+   * `recoveryIntervalMs`: a heartbeat counts as old only when two looks in a row found the same one, so
+   * that a database that was away, or a clock that differs, does not end runs that live.
+   */
+  recoverAbandoned(): Promise<void>;
+}
+
+const MAX_RECOVERY_INTERVAL_MS = 15_000;
+
+/** Long enough for a live worker to send a heartbeat between two looks. */
+export function recoveryIntervalMs({ runs }: EngineContext['settings']): number {
+  return Math.min(MAX_RECOVERY_INTERVAL_MS, Math.max(runs.abandonedAfterMs / 2, runs.heartbeatMs));
+}
+
+export function createRecovery(context: EngineContext, active: ActiveRuns): Recovery {
+  let suspects = new Map<RunId, string | null>();
+  const list = (beforeMs: number, workerIds: string[]): Promise<RunRow[]> =>
+    context.db.runs.listAbandoned({ heartbeatBefore: toTimestamp(beforeMs), workerIds });
+  return {
+    async recoverDead(workerIds) {
+      const rows = await list(0, workerIds);
+      await recoverRuns(
+        context,
+        rows.filter(({ workerId }) => workerId !== null && workerIds.includes(workerId)),
+      );
+    },
+    async recoverAbandoned() {
+      const before = suspects;
+      suspects = new Map();
+      const rows = await list(context.clock.nowMs() - context.settings.runs.abandonedAfterMs, []);
+      const others = rows.filter(({ id }) => active.get(id) === undefined);
+      suspects = new Map(others.map(({ id, heartbeatAt }) => [id, heartbeatAt]));
+      const isProven = ({ id, heartbeatAt }: RunRow): boolean =>
+        before.has(id) && before.get(id) === heartbeatAt;
+      await recoverRuns(context, others.filter(isProven));
+    },
+  };
+}
+
+async function recoverRuns(context: EngineContext, abandoned: RunRow[]): Promise<void> {
   for (const row of abandoned) {
     try {
       await recoverRun(context, row);

@@ -84,7 +84,7 @@ async function prepare(parts: {
       });
     }
     const target = openTarget(wanted.target, {
-      place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: run.id },
+      place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
       limits: context.settings.nbd,
       forbiddenDirectories,
     });

@@ -60,7 +60,7 @@ async function probeDisk(
   const config = parseDiskSource(disk.source);
   const source = openSource(config, {
     diskId: id,
-    place: { runtimeDirectory: context.runtimeDirectory, registry: context.registry, owner: 'probe' },
+    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: 'probe' },
     limits: context.settings.nbd,
   });
   const { sizeBytes, lineage } = await source.probe({ signal: AbortSignal.timeout(PROBE_TIMEOUT_MS) });

@@ -48,6 +48,12 @@ const TOOL_ENV = (): NodeJS.ProcessEnv => ({
 });
 
 /**
+ * execa's own handler ends children and then this process on SIGTERM, before anything was cleaned up.
+ * Children have owners here, and the parent-death signal for the rest.
+ */
+const NO_SIGNAL_HANDLER = { cleanup: false } as const;
+
+/**
  * The child dies with this process also on `kill -9` of it (prctl(2) PR_SET_PDEATHSIG, set by
  * setpriv). It follows the forking thread, so children are only started from the main thread.
  */
@@ -69,6 +75,7 @@ export async function runTool(
     env: TOOL_ENV(),
     extendEnv: false,
     reject: false,
+    ...NO_SIGNAL_HANDLER,
     timeout: options.timeoutMs,
     forceKillAfterDelay: KILL_AFTER_MS,
     maxBuffer: 64 * 1024 * 1024,
@@ -257,6 +264,7 @@ function spawnServer(tool: string, args: readonly string[], cwd: string) {
     env: TOOL_ENV(),
     extendEnv: false,
     reject: false,
+    ...NO_SIGNAL_HANDLER,
     stdin: 'ignore',
     stdout: 'ignore',
     buffer: false,
