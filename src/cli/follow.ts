@@ -23,11 +23,12 @@ function hasEnded(run: Run): boolean {
  */
 export async function followRun(session: Session, run: Run): Promise<ExitCode> {
   const api = await session.api();
-  const display = new ProgressDisplay(session.environment.stderr, await diskNamesOf(api, run));
+  const diskNames = await diskNamesOf(api, run);
+  const display = new ProgressDisplay(session.environment.stderr, diskNames);
   try {
     const ended = await followToEnd({ session, api, display }, run);
     display.finish();
-    return printEnded(session, ended);
+    return printEnded(session, ended, diskNames);
   } catch (error) {
     display.finish();
     if (!session.environment.signal.aborted) throw error;
@@ -87,15 +88,15 @@ async function reconnect(session: Session, api: Api, id: string): Promise<Run> {
 }
 
 /** Names to show; a machine removed meanwhile leaves only the ids. */
-async function diskNamesOf(api: Api, run: Run): Promise<Map<string, string>> {
+export async function diskNamesOf(api: Api, run: Run): Promise<Map<string, string>> {
   if (run.vmId === null) return new Map();
   const { data } = await api.GET('/vms/{id}', { params: { path: { id: run.vmId } } });
   return new Map((data?.disks ?? []).map((disk) => [disk.id, disk.name]));
 }
 
 /** Prints an ended run; its exit code says how it ended. */
-export function printEnded(session: Session, run: Run): ExitCode {
-  session.print(run, () => formatRun(run));
+function printEnded(session: Session, run: Run, diskNames: ReadonlyMap<string, string>): ExitCode {
+  session.print(run, () => formatRun(run, diskNames));
   if (run.state === 'cancelled' || run.state === 'interrupted') return EXIT.runStopped;
   if (run.state === 'failed') return EXIT.failed;
   return foundDamage(run) ? EXIT.failed : EXIT.ok;

@@ -35,7 +35,9 @@ export class ProgressDisplay {
   }
 
   #redraw(lines: string[]): void {
-    const columns = Math.max(20, this.out.columns ?? 80);
+    // A terminal that does not know its width says 0.
+    const known = this.out.columns ?? 0;
+    const columns = Math.max(20, known === 0 ? 80 : known);
     const up = this.#shownLines === 0 ? '' : `\u001b[${this.#shownLines}A`;
     const text = lines.map((line) => `\u001b[2K${cut(line, columns - 1)}\n`).join('');
     this.out.write(`${up}\r${text}\u001b[J`);

@@ -27,8 +27,9 @@ function formatTarget(target: Schemas['TargetSpec']): string {
   }
 }
 
-/** A run for people: what it was, how it ended, what came out. */
-export function formatRun(run: Run): string {
+/** A run for people: what it was, how it ended, what came out. `diskNames` by id, as far as they are known. */
+export function formatRun(run: Run, diskNames: ReadonlyMap<string, string> = new Map()): string {
+  const nameOf = (disk: { diskId: string }): string => diskNames.get(disk.diskId) ?? disk.diskId;
   const fields: [string, string][] = [
     ['run', run.id],
     ['kind', run.kind],
@@ -41,14 +42,16 @@ export function formatRun(run: Run): string {
       ? [['took', formatDuration(Date.parse(run.endedAt) - Date.parse(run.startedAt))] as [string, string]]
       : []),
   ];
-  return formatFields(fields) + formatDisks(run) + formatResult(run) + formatRunError(run);
+  return formatFields(fields) + formatDisks(run, nameOf) + formatResult(run, nameOf) + formatRunError(run);
 }
 
-function formatDisks(run: Run): string {
+type NameOf = (disk: { diskId: string }) => string;
+
+function formatDisks(run: Run, nameOf: NameOf): string {
   const { disks } = run.progress;
   if (disks.length === 0) return '';
   const table = formatTable(disks, [
-    { title: 'DISK', value: (disk) => disk.diskId },
+    { title: 'DISK', value: nameOf },
     { title: 'METHOD', value: (disk) => disk.method ?? '-' },
     { title: 'READ', value: (disk) => formatBytes(disk.bytesRead), align: 'right' },
     { title: 'WRITTEN', value: (disk) => formatBytes(disk.bytesWritten), align: 'right' },
@@ -58,7 +61,7 @@ function formatDisks(run: Run): string {
   return `\n${table}`;
 }
 
-function formatResult({ result }: Run): string {
+function formatResult({ result }: Run, nameOf: NameOf): string {
   switch (result?.kind) {
     case undefined:
       return '';
@@ -66,7 +69,7 @@ function formatResult({ result }: Run): string {
       return `\nPoint ${safeText(result.pointId)} is committed.\n`;
     case 'restore':
       return `\n${formatTable(result.disks, [
-        { title: 'DISK', value: (disk) => disk.diskId },
+        { title: 'DISK', value: nameOf },
         { title: 'TARGET', value: (disk) => formatTarget(disk.target) },
         { title: 'WRITTEN', value: (disk) => formatBytes(disk.bytesWritten), align: 'right' },
         { title: 'DAMAGED', value: (disk) => formatBytes(disk.damagedBytes), align: 'right' },

@@ -3,7 +3,7 @@ import type { Command } from 'commander';
 import { action, argument, collect, type CommandContext } from '../action.js';
 import { dataOf } from '../client.js';
 import { usageFailure } from '../failure.js';
-import { runStarted } from '../follow.js';
+import { diskNamesOf, runStarted } from '../follow.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
 import { parseJsonObject, parseRestoreDisk } from '../parse.js';
 import { formatRun, formatTime } from '../render.js';
@@ -94,7 +94,8 @@ function addListAndShow(group: Command, context: CommandContext): void {
         const api = await session.api();
         const id = parseId(argument(args), 'run');
         const run = dataOf(await api.GET('/restore/images/{id}', { params: { path: { id } } }));
-        session.print(run, () => formatRun(run));
+        const diskNames = await diskNamesOf(api, run);
+        session.print(run, () => formatRun(run, diskNames));
         return undefined;
       }),
     );

@@ -2,7 +2,7 @@ import type { Command } from 'commander';
 import { action, argument, type CommandContext } from '../action.js';
 import { dataOf, type Schemas } from '../client.js';
 import { usageFailure } from '../failure.js';
-import { followRun } from '../follow.js';
+import { diskNamesOf, followRun } from '../follow.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
 import { formatRun, formatTime } from '../render.js';
 import { findVm, parseId } from '../resolve.js';
@@ -35,7 +35,8 @@ export function addRunCommands(program: Command, context: CommandContext): void 
         const api = await session.api();
         const id = parseId(argument(args), 'run');
         const run = dataOf(await api.GET('/runs/{id}', { params: { path: { id } } }));
-        session.print(run, () => formatRun(run));
+        const diskNames = await diskNamesOf(api, run);
+        session.print(run, () => formatRun(run, diskNames));
         return undefined;
       }),
     );
