@@ -2,7 +2,7 @@ import { AppError, isErrorCode } from '../src/lib/errors.js';
 import type { DiskId, LayerId, PointId, VmId } from '../src/lib/id.js';
 import { SECTOR_BYTES, alignUp } from '../src/lib/units.js';
 import type { RepositoryContext } from './context.js';
-import { diskDirectory, layerName, sumsName } from './layout.js';
+import { diskDirectory, layerName, parseLayerName, parsePartialName, sumsName } from './layout.js';
 import { readManifest, requireDisk } from './manifest.js';
 import { Qcow2File } from './qcow2.js';
 import type { Qcow2Header } from './qcow2-header.js';
@@ -128,17 +128,28 @@ export function headerProblem(
   return undefined;
 }
 
-/** The names of layer files in a disk's folder whose headers name `layerId` as their backing file. */
+/**
+ * The names of layer files in a disk's folder whose headers name `layerId` as their backing file. A header
+ * that cannot be read tells nothing: a layer that a manifest names (`isNamed`) is counted by that manifest, and a partial
+ * file without a header stands on nothing; any other such file rejects with LAYER_CORRUPT.
+ */
 export async function findHeaderChildren(
   context: RepositoryContext,
   place: { vmId: VmId; diskId: DiskId; layerId: LayerId },
+  isNamed: (layerId: LayerId) => boolean,
 ): Promise<string[]> {
   const directory = diskDirectory(place.vmId, place.diskId);
   const children: string[] = [];
-  for (const entry of (await context.backend.list(directory)) ?? []) {
-    if (!entry.name.endsWith('.qcow2') || entry.name === layerName(place.layerId)) continue;
-    await using layer = await Qcow2File.open(context.backend.localPath(`${directory}/${entry.name}`));
-    if (layer.header.backingFile === layerName(place.layerId)) children.push(entry.name);
+  for (const { name } of (await context.backend.list(directory)) ?? []) {
+    if (!name.endsWith('.qcow2') || name === layerName(place.layerId)) continue;
+    try {
+      await using layer = await Qcow2File.open(context.backend.localPath(`${directory}/${name}`));
+      if (layer.header.backingFile === layerName(place.layerId)) children.push(name);
+    } catch (error) {
+      const layerId = parseLayerName(name, '.qcow2');
+      const isCounted = layerId === undefined ? parsePartialName(name) !== undefined : isNamed(layerId);
+      if (!isCounted || !isErrorCode(error, 'LAYER_CORRUPT')) throw error;
+    }
   }
   return children;
 }

@@ -14,7 +14,7 @@ import {
   trashDirectory,
 } from './layout.js';
 import type { Lease } from './lease.js';
-import { readAllManifests, readManifest } from './manifest.js';
+import { readAllManifests, readManifest, type StoredManifest } from './manifest.js';
 import { requireWritable } from './marker.js';
 import { requireLeaseOf } from './partial-layer.js';
 import { pruneRemovals, readRemovals, writeRemoval } from './removal-record.js';
@@ -27,9 +27,12 @@ export async function dependents(
   vmId: VmId,
   pointId: PointId,
 ): Promise<PointId[]> {
-  const stored = await readAllManifests(context, vmId);
+  return findDependents(await readAllManifests(context, vmId), pointId);
+}
+
+function findDependents(stored: readonly StoredManifest[], pointId: PointId): PointId[] {
   if (!stored.some(({ manifest }) => manifest.pointId === pointId)) {
-    throw new AppError('POINT_NOT_FOUND', 'there is no such recovery point', { details: { vmId, pointId } });
+    throw new AppError('POINT_NOT_FOUND', 'there is no such recovery point', { details: { pointId } });
   }
   const found = new Set<PointId>([pointId]);
   // By sequence, so a parent has been met before its children.
@@ -66,10 +69,12 @@ export async function deletePoint(
 /** Counted twice, over the manifests and over what the files' own headers say. */
 async function requireNoDependents(context: RepositoryContext, manifest: PointManifest): Promise<void> {
   const { vmId, pointId } = manifest;
-  const points = await dependents(context, vmId, pointId);
+  const stored = await readAllManifests(context, vmId);
+  const points = findDependents(stored, pointId);
+  const named = new Set(stored.flatMap((item) => item.manifest.disks.map((disk) => disk.layerId)));
   const files: string[] = [];
   for (const { diskId, layerId } of manifest.disks) {
-    const children = await findHeaderChildren(context, { vmId, diskId, layerId });
+    const children = await findHeaderChildren(context, { vmId, diskId, layerId }, (id) => named.has(id));
     files.push(...children.map((name) => `${diskDirectory(vmId, diskId)}/${name}`));
   }
   if (points.length === 0 && files.length === 0) return;

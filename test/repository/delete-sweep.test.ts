@@ -69,6 +69,27 @@ describe('deletePoint', () => {
     expect(await lab.repository.listPoints(lab.vmId)).toEqual([]);
   });
 
+  it('removes damaged points one by one, past partial files without a header', async () => {
+    const points = [
+      await lab.commit(new Map([[0, 1]])),
+      await lab.commit(new Map([[0, 2]]), { parent: null }),
+    ];
+    for (const point of points) {
+      await rm(layerFile(point));
+      await writeFile(layerFile(point), 'rotten');
+    }
+    await writeFile(
+      path.join(lab.diskDirectory(), `.partial-${newId<RunId>()}-${newId<LayerId>()}.qcow2`),
+      '',
+    );
+    const stray = path.join(lab.diskDirectory(), `${newId<LayerId>()}.qcow2`);
+    await writeFile(stray, 'rotten, and no manifest says what it stood on');
+    for (const point of points) await expect(remove(point)).rejects.toMatchObject({ code: 'LAYER_CORRUPT' });
+    await rm(stray);
+    for (const point of points) await remove(point);
+    expect(await lab.repository.listPoints(lab.vmId)).toEqual([]);
+  });
+
   it('keeps no more records of removed points than the chain of digests needs', async () => {
     const base = await lab.commit(new Map([[0, 1]]));
     for (let round = 0; round < 4; round += 1)
