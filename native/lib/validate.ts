@@ -5,6 +5,8 @@ import type { TlsOptions } from './types.js';
 
 /** Longer names than servers accept (4096 bytes for the export), and room for the rest of the URI. */
 const MAX_URI_CHARACTERS = 16_384;
+/** sizeof(sockaddr_un.sun_path) without the final NUL. */
+const MAX_SOCKET_PATH_BYTES = 107;
 const SCHEMES = ['nbd:', 'nbds:', 'nbd+unix:', 'nbds+unix:'];
 const MAX_TIMEOUT_MS = 24 * 60 * 60 * 1000;
 
@@ -73,6 +75,7 @@ function checkUri(uri: string): URL {
   const socket = url.searchParams.get('socket');
   if (url.protocol.endsWith('+unix:')) {
     if (socket === null || socket === '') throw invalidUri('the socket parameter is missing');
+    if (Buffer.byteLength(socket) > MAX_SOCKET_PATH_BYTES) throw invalidUri('the socket path is too long');
   } else if (url.hostname === '') {
     throw invalidUri('the host is missing');
   }

@@ -50,6 +50,9 @@ void CopySession::Supervise(const std::function<void(const SessionFacts*, const 
   }
   if (has_failed()) on_open(nullptr, &*failure_);  // does nothing when it was opened
   WatchWorkers();
+  // Who waits for the end may unmount what the files are on; JavaScript may keep this object longer.
+  source_files_.reset();
+  sink_file_.reset();
   std::vector<std::function<void()>> waiting;
   {
     std::lock_guard lock(mutex_);
