@@ -1,8 +1,11 @@
 import { defineConfig } from 'vitest/config';
 
+/** They hold limits of time, which mean something only when nothing runs beside them. */
+const FIGURES = ['integration/db/point-listing.test.ts', 'integration/**/*.figures.test.ts'];
+
 /**
- * Two projects: `unit` needs nothing but Node and the built addon; `integration` starts real servers
- * (qemu-nbd, nbdkit, Redis, MariaDB) and needs root. A missing tool is a failure there, never a skip.
+ * `unit` needs nothing but Node and the built addon; `integration` starts real servers (qemu-nbd, nbdkit, Redis,
+ * MariaDB) and needs root; `figures` are those of them that run alone. A missing tool is a failure, never a skip.
  * Forked processes, because the addon holds threads and a crash must not take the reporter with it.
  */
 export default defineConfig({
@@ -22,9 +25,20 @@ export default defineConfig({
         test: {
           name: 'integration',
           include: ['integration/**/*.test.ts'],
+          exclude: FIGURES,
           pool: 'forks',
           maxWorkers: 2,
           testTimeout: 30_000,
+          hookTimeout: 60_000,
+        },
+      },
+      {
+        test: {
+          name: 'figures',
+          include: FIGURES,
+          pool: 'forks',
+          maxWorkers: 1,
+          testTimeout: 60_000,
           hookTimeout: 60_000,
         },
       },

@@ -22,8 +22,11 @@ for (const file of readdirSync(directory).sort()) {
   } else if (file.endsWith('.json')) {
     for (const suite of JSON.parse(readFileSync(full, 'utf8')).testResults) {
       const place = path.relative(process.cwd(), suite.name);
-      // A file that cannot be loaded has no tests, and has failed all the same.
+      const hasFailedTest = suite.assertionResults.some((test) => test.status === 'failed');
+      // A file that cannot be loaded has no tests, and one can fail after its tests; both are failures all the same.
       if (suite.assertionResults.length === 0) count(false, `${place}: no test ran`);
+      else if (suite.status === 'failed' && !hasFailedTest)
+        count(false, `${place}: before or after its tests`);
       for (const test of suite.assertionResults) {
         const note = test.status === 'failed' ? '' : ` (${test.status})`;
         count(test.status === 'passed', `${place}: ${test.fullName}${note}`);
