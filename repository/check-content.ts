@@ -76,7 +76,8 @@ async function runWindows(run: ContentRun): Promise<void> {
     at = await run.sums.nextCluster(at);
     if (at >= total) break;
     const count = Math.min(WINDOW_CLUSTERS, total - at);
-    const submitted = submitWindow(run, at, count);
+    // Planned here, one at a time: the readers of sums and image have one place each.
+    const submitted = submitWindow(run, await planWindow(run, at, count));
     // Settled below in order; a failure meanwhile must not count as unhandled.
     submitted.catch(() => undefined);
     await outstanding;
@@ -86,11 +87,9 @@ async function runWindows(run: ContentRun): Promise<void> {
   await outstanding;
 }
 
-async function submitWindow(run: ContentRun, start: number, count: number): Promise<void> {
-  const { rows, expect } = await planWindow(run, start, count);
+async function submitWindow(run: ContentRun, plan: { rows: Float64Array; expect: Buffer }): Promise<void> {
   const answer = await run.session.submit({
-    rows,
-    expect,
+    ...plan,
     zeroPolicy: 'skip',
     emitEntries: false,
     expectPolicy: 'verify',

@@ -14,6 +14,8 @@ import {
 } from './sealed-json.js';
 import { FORMAT_VERSION, type ManifestDisk, type PointManifest } from './types.js';
 
+/** Manifests read at once: a directory of years of points is read in seconds, also over a network. */
+const READ_TOGETHER = 16;
 const MAX_MANIFEST_BYTES = 16 * 1024 * 1024;
 
 const reasonCodes = [
@@ -171,8 +173,10 @@ export async function listPointIds(context: RepositoryContext, vmId: VmId): Prom
 /** All manifests of a VM by sequence. Rejects when any one cannot be read or verified, or two claim one place. */
 export async function readAllManifests(context: RepositoryContext, vmId: VmId): Promise<StoredManifest[]> {
   const stored: StoredManifest[] = [];
-  for (const pointId of await listPointIds(context, vmId)) {
-    stored.push(await readManifest(context, vmId, pointId));
+  const ids = await listPointIds(context, vmId);
+  for (let at = 0; at < ids.length; at += READ_TOGETHER) {
+    const batch = ids.slice(at, at + READ_TOGETHER);
+    stored.push(...(await Promise.all(batch.map((pointId) => readManifest(context, vmId, pointId)))));
   }
   stored.sort((a, b) => a.manifest.sequence - b.manifest.sequence);
   stored.forEach((item, index) => {
