@@ -47,7 +47,10 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
   const context: EngineContext = {
     db,
     queue,
-    repositories: createRepositoryPool(db, applianceId),
+    repositories: createRepositoryPool(db, {
+      applianceId,
+      leaseTerms: { renewMs: config.repository.leaseRenewMs, expiryMs: config.repository.leaseExpiresMs },
+    }),
     clock: systemClock,
     logger: logger.child({ component: 'engine' }),
     applianceId,
@@ -109,6 +112,7 @@ async function connectRedis(
         );
   return {
     address: redisAddress(redis, managed?.socketPath ?? ''),
+    prefix: redis.prefix,
     prefix: redis.prefix,
     commandTimeoutMs: redis.commandTimeoutMs,
   };

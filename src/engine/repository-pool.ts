@@ -1,4 +1,4 @@
-import { openRepository, type Capacity, type Repository } from '../../repository/index.js';
+import { openRepository, type Capacity, type LeaseTerms, type Repository } from '../../repository/index.js';
 import type { Database } from '../db/database.js';
 import { withDeadline } from '../lib/deadline.js';
 import { AppError } from '../lib/errors.js';
@@ -19,7 +19,10 @@ export interface RepositoryPool {
  * So at most one look at a time is under way for each repository, and while an overdue one has not
  * come back the answer is REPOSITORY_OFFLINE at once.
  */
-export function createRepositoryPool(db: Database, applianceId: ApplianceId): RepositoryPool {
+export function createRepositoryPool(
+  db: Database,
+  { applianceId, leaseTerms }: { applianceId: ApplianceId; leaseTerms: LeaseTerms },
+): RepositoryPool {
   const opened = new Map<RepositoryId, Repository>();
   const looking = new Map<RepositoryId, Promise<Capacity>>();
 
@@ -28,7 +31,7 @@ export function createRepositoryPool(db: Database, applianceId: ApplianceId): Re
     if (known !== undefined) return known;
     const row = await db.repositories.get(id);
     if (row === null) throw new AppError('NOT_FOUND', `there is no repository ${id}`);
-    const repository = await openRepository({ root: row.root, applianceId });
+    const repository = await openRepository({ root: row.root, applianceId }, { leaseTerms });
     if (repository.marker.repositoryId !== id) {
       throw new AppError('REPOSITORY_OFFLINE', `another repository is mounted at ${row.root}`, {
         details: { expected: id, found: repository.marker.repositoryId },
