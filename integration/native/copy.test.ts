@@ -1,32 +1,15 @@
 import { readFile, writeFile } from 'node:fs/promises';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import {
-  EXPECT_HASH,
-  EXPECT_UNKNOWN,
-  EXPECT_ZERO,
-  hashBlock,
-  type CopySession,
-  type HashAlgorithm,
-} from '../../native/lib/index.js';
+import type { HashAlgorithm } from '../../native/lib/index.js';
 import { pollUntil } from '../../src/lib/deadline.js';
-import {
-  expectCleanImage,
-  exportRaw,
-  firstDifference,
-  makeQcow2,
-  makeRaw,
-  seededBytes,
-} from '../lab/disk-image.js';
+import { expectCleanImage, exportRaw, firstDifference, seededBytes } from '../lab/disk-image.js';
 import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
-import { startQemuNbd, type LabNbdServer } from '../lab/nbd-server.js';
 import {
   CLUSTER,
   connectTo,
   copyRow,
   elapsedMs,
-  expectRecord,
   expectedEntries,
-  hashOf,
   nbd,
   nbdErrorOf,
   openSession,
@@ -34,6 +17,7 @@ import {
   windowOf,
   zeroRow,
 } from './fixtures.js';
+import { startPair, type Pair } from './pair.js';
 
 const MIB = 1024 * 1024;
 const REGIONS = [
@@ -43,7 +27,6 @@ const REGIONS = [
   { offset: 12 * MIB - 4096, length: 8192 },
 ];
 let lab: LabDirectory;
-let count = 0;
 
 beforeAll(async () => {
   lab = await makeLabDirectory();
@@ -51,38 +34,6 @@ beforeAll(async () => {
 afterAll(async () => {
   await lab[Symbol.asyncDispose]();
 });
-
-interface Pair extends AsyncDisposable {
-  source: LabNbdServer;
-  sink: LabNbdServer;
-  sourcePath: string;
-  sinkPath: string;
-}
-
-/** A raw source and a fresh QCOW2 sink behind qemu-nbd, sizes in bytes. */
-async function startPair(sizeBytes: number, regions = REGIONS): Promise<Pair> {
-  const base = lab.file(`p${count++}`);
-  const [sourcePath, sinkPath] = [`${base}.raw`, `${base}.qcow2`];
-  await makeRaw({ path: sourcePath, sizeBytes, regions });
-  await makeQcow2({ path: sinkPath, sizeBytes: Math.ceil(sizeBytes / 512) * 512 });
-  const source = await startQemuNbd({
-    image: sourcePath,
-    format: 'raw',
-    socketPath: `${base}s.sock`,
-    isReadOnly: true,
-  });
-  const sink = await startQemuNbd({ image: sinkPath, format: 'qcow2', socketPath: `${base}d.sock` });
-  return {
-    source,
-    sink,
-    sourcePath,
-    sinkPath,
-    [Symbol.asyncDispose]: async () => {
-      await source.stop();
-      await sink.stop();
-    },
-  };
-}
 
 async function expectSame(pair: Pair, sizeBytes: number): Promise<void> {
   await pair.sink.stop();
@@ -107,7 +58,7 @@ describe.each<[HashAlgorithm]>([['xxh3-128'], ['sha-256']])('a full copy with %s
       ...fitting,
       { offset: sizeBytes - Math.min(sizeBytes, 200), length: Math.min(sizeBytes, 200) },
     ];
-    await using pair = await startPair(sizeBytes, regions);
+    await using pair = await startPair(lab, sizeBytes, regions);
     await using session = await openSession({
       source: nbd(pair.source.uri),
       sink: nbd(pair.sink.uri),
@@ -135,7 +86,7 @@ describe.each<[HashAlgorithm]>([['xxh3-128'], ['sha-256']])('a full copy with %s
 test('islands of 4 KiB in zeroes cost one cluster each', async () => {
   const sizeBytes = 64 * MIB;
   const islands = [1, 33, 63].map((at) => ({ offset: at * MIB - 4096, length: 4096 }));
-  await using pair = await startPair(sizeBytes, islands);
+  await using pair = await startPair(lab, sizeBytes, islands);
   await using session = await openSession({
     source: nbd(pair.source.uri),
     sink: nbd(pair.sink.uri),
@@ -153,7 +104,7 @@ test('islands of 4 KiB in zeroes cost one cluster each', async () => {
 
 test('windows submitted together settle in order, with rows that touch, and block status in between', async () => {
   const sizeBytes = 16 * MIB;
-  await using pair = await startPair(sizeBytes);
+  await using pair = await startPair(lab, sizeBytes, REGIONS);
   await using session = await openSession({
     source: { ...nbd(pair.source.uri, 4), metaContexts: ['base:allocation'] },
     sink: nbd(pair.sink.uri, 4),
@@ -192,7 +143,7 @@ test('windows submitted together settle in order, with rows that touch, and bloc
 describe('zero policies', () => {
   test('write: zero clusters and zero rows hide what was there, and are entries with the zero bit', async () => {
     const sizeBytes = 4 * MIB;
-    await using pair = await startPair(sizeBytes, [{ offset: 0, length: CLUSTER }]);
+    await using pair = await startPair(lab, sizeBytes, [{ offset: 0, length: CLUSTER }]);
     await writeOld(pair.sink.uri, sizeBytes);
     await using session = await openSession({
       source: nbd(pair.source.uri),
@@ -219,7 +170,7 @@ describe('zero policies', () => {
 
   test('skip: what was there stays', async () => {
     const sizeBytes = MIB;
-    await using pair = await startPair(sizeBytes, []);
+    await using pair = await startPair(lab, sizeBytes, []);
     await writeOld(pair.sink.uri, sizeBytes);
     await using session = await openSession({
       source: nbd(pair.source.uri),
@@ -246,119 +197,8 @@ async function writeOld(uri: string, sizeBytes: number): Promise<void> {
   await handle.flush();
 }
 
-describe.each<[HashAlgorithm]>([['xxh3-128'], ['sha-256']])('expected hashes, %s', (hash) => {
-  const sizeBytes = 2 * MIB - 777;
-  let pair: Pair;
-  let records: Buffer[];
-  beforeAll(async () => {
-    pair = await startPair(sizeBytes, [
-      { offset: 0, length: 5 * CLUSTER },
-      { offset: sizeBytes - 1000, length: 1000 },
-    ]);
-    const disk = await readFile(pair.sourcePath);
-    records = [];
-    for (let at = 0; at < sizeBytes; at += CLUSTER) {
-      const cluster = disk.subarray(at, Math.min(at + CLUSTER, sizeBytes));
-      const isZero = cluster.every((byte) => byte === 0);
-      records.push(
-        isZero
-          ? expectRecord(EXPECT_ZERO, undefined, hash)
-          : expectRecord(EXPECT_HASH, Buffer.from(hashOf(cluster, hash), 'hex'), hash),
-      );
-    }
-  });
-  afterAll(async () => {
-    await pair[Symbol.asyncDispose]();
-  });
-  const open = (sink: 'nbd' | 'null'): Promise<CopySession> =>
-    openSession({
-      source: nbd(pair.source.uri),
-      sink: sink === 'nbd' ? nbd(pair.sink.uri) : { kind: 'null' },
-      diskBytes: sizeBytes,
-      hash,
-    });
-  /** The records with those at `wrong` replaced by other hashes. */
-  const spoilt = (wrong: number[]): Buffer =>
-    Buffer.concat(
-      records.map((it, index) =>
-        wrong.includes(index) ? expectRecord(EXPECT_HASH, hashBlock(hash, Buffer.from([index])), hash) : it,
-      ),
-    );
-
-  test('verify passes over what is right, and over a zero block that is known by its hash', async () => {
-    await using session = await open('null');
-    const expectations = [...records];
-    expectations[7] = expectRecord(EXPECT_HASH, hashBlock(hash, Buffer.alloc(CLUSTER)), hash);
-    expectations[2] = expectRecord(EXPECT_UNKNOWN, undefined, hash);
-    const result = await session.submit(
-      windowOf([copyRow(0, sizeBytes)], {
-        expectPolicy: 'verify',
-        expect: Buffer.concat(expectations),
-        emitEntries: false,
-      }),
-    );
-    expect(result.mismatches).toHaveLength(0);
-    expect(result).toMatchObject({ bytesRead: sizeBytes, bytesWritten: 0, bytesSkipped: sizeBytes });
-    expect(result.entries).toHaveLength(0);
-  });
-
-  test('verify fails with the offset, and everything after it with the same error', async () => {
-    await using session = await open('nbd');
-    const bad = session.submit(
-      windowOf([copyRow(0, sizeBytes)], { expectPolicy: 'verify', expect: spoilt([3]) }),
-    );
-    const later = session.submit(windowOf([]));
-    const error = await nbdErrorOf(bad);
-    expect(error).toMatchObject({ code: 'HASH_MISMATCH', details: { offset: 3 * CLUSTER } });
-    expect((await nbdErrorOf(later)).code).toBe('HASH_MISMATCH');
-    expect((await nbdErrorOf(session.submit(windowOf([])))).code).toBe('HASH_MISMATCH');
-    expect((await nbdErrorOf(session.flush())).code).toBe('HASH_MISMATCH');
-    await session.close();
-    await using written = await openSession({
-      source: nbd(pair.sink.uri),
-      sink: { kind: 'null' },
-      diskBytes: sizeBytes,
-    });
-    const clusters = readEntries((await written.submit(windowOf([copyRow(0, sizeBytes)]))).entries);
-    expect(clusters.map((it) => it.cluster)).not.toContain(3);
-  });
-
-  test('verify with collectMismatches lists all of them', async () => {
-    await using session = await open('null');
-    const result = await session.submit(
-      windowOf([copyRow(0, sizeBytes)], {
-        expectPolicy: 'verify',
-        expect: spoilt([0, 9, 31]),
-        collectMismatches: true,
-      }),
-    );
-    expect([...result.mismatches]).toEqual([0, 9 * CLUSTER, 31 * CLUSTER]);
-  });
-
-  test('compare writes what differs, and zeroes as zeroes', async () => {
-    await using session = await open('nbd');
-    const result = await session.submit(
-      windowOf([copyRow(0, sizeBytes)], {
-        expectPolicy: 'compare',
-        expect: spoilt([1, 9]),
-        zeroPolicy: 'write',
-      }),
-    );
-    const disk = await readFile(pair.sourcePath);
-    expect(readEntries(result.entries, hash)).toEqual([
-      { cluster: 1, isZero: false, hash: hashOf(disk.subarray(CLUSTER, 2 * CLUSTER), hash) },
-      { cluster: 9, isZero: true, hash: expect.stringMatching(/^0+$/) as string },
-    ]);
-    expect(result).toMatchObject({
-      bytesWritten: CLUSTER,
-      bytesZeroed: CLUSTER,
-      bytesSkipped: sizeBytes - 2 * CLUSTER,
-    });
-  });
-});
-
 test('a plan that cannot be executed is refused with the row', async () => {
-  await using pair = await startPair(MIB, []);
+  await using pair = await startPair(lab, MIB, []);
   await using session = await openSession({
     source: nbd(pair.source.uri),
     sink: { kind: 'null' },
@@ -385,7 +225,7 @@ test('a plan that cannot be executed is refused with the row', async () => {
 
 test('the rate limit holds, and lifting it takes effect while running', async () => {
   const sizeBytes = 16 * MIB;
-  await using pair = await startPair(sizeBytes);
+  await using pair = await startPair(lab, sizeBytes, REGIONS);
   await using session = await openSession({
     source: nbd(pair.source.uri),
     sink: { kind: 'null' },
@@ -402,7 +242,7 @@ test('the rate limit holds, and lifting it takes effect while running', async ()
 });
 
 test('a sink that is too small or read-only and a source that is too small are refused with words', async () => {
-  await using pair = await startPair(MIB, []);
+  await using pair = await startPair(lab, MIB, []);
   const small = await nbdErrorOf(
     openSession({ source: nbd(pair.source.uri), sink: nbd(pair.sink.uri), diskBytes: 2 * MIB }),
   );

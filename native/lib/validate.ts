@@ -66,7 +66,6 @@ function invalidUri(reason: string): NbdError {
 function checkUri(uri: string): URL {
   if (typeof uri !== 'string') throw new TypeError('uri must be a string');
   if (uri.length > MAX_URI_CHARACTERS) throw invalidUri(`longer than ${MAX_URI_CHARACTERS} characters`);
-  // eslint-disable-next-line no-control-regex -- these are what is looked for
   if (/[\0-\x20\x7f]/.test(uri)) throw invalidUri('it holds spaces or control characters');
   if (!URL.canParse(uri)) throw invalidUri('it cannot be parsed');
   const url = new URL(uri);
