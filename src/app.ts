@@ -113,7 +113,6 @@ async function connectRedis(
   return {
     address: redisAddress(redis, managed?.socketPath ?? ''),
     prefix: redis.prefix,
-    prefix: redis.prefix,
     commandTimeoutMs: redis.commandTimeoutMs,
   };
 }
