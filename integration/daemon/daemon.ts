@@ -180,6 +180,7 @@ export interface BackupOptions {
   type?: 'full' | 'incremental' | 'auto';
   bitmaps?: { diskId: string; name: string; sincePointId: string }[];
   bytesPerSecond?: number;
+  whenBusy?: 'refuse' | 'queue';
   expectState?: RunState;
 }
 
@@ -189,13 +190,14 @@ export async function startBackup(
   setup: Setup,
   options: BackupOptions = {},
 ): Promise<RunView> {
-  const { type = 'auto', bitmaps, bytesPerSecond } = options;
+  const { type = 'auto', bitmaps, bytesPerSecond, whenBusy } = options;
   return daemon.expect<RunView>(202, 'POST', '/backups', {
     vmId: setup.vm.id,
     repositoryId: setup.repository.id,
     type,
     ...(bitmaps === undefined ? {} : { bitmaps }),
     ...(bytesPerSecond === undefined ? {} : { bytesPerSecond }),
+    ...(whenBusy === undefined ? {} : { whenBusy }),
   });
 }
 
