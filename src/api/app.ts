@@ -20,8 +20,6 @@ export interface ApiConfig {
   };
   /** Bytes of a request body at the most. */
   maxBodyBytes: number;
-  /** Values of the Host header let through on loopback besides this daemon's own, for a reverse proxy. */
-  allowedHosts?: readonly string[];
 }
 
 export interface ApiOptions {
@@ -47,7 +45,7 @@ export function createApi(options: ApiOptions): Express {
   app.disable('etag');
   app.enable('case sensitive routing');
   app.enable('strict routing');
-  app.use(checkHost(config.allowedHosts ?? []));
+  app.use(checkHost);
   app.use(
     helmet({
       contentSecurityPolicy: {

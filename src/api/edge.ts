@@ -7,25 +7,23 @@ function isLoopback(address: string): boolean {
 
 function hostsOf(address: string, port: number): Set<string> {
   const names = ['localhost', '127.0.0.1', '[::1]', address.replace(/^::ffff:/, '')];
-  return new Set(names.flatMap((name) => (port === 80 ? [name, `${name}:80`] : [`${name}:${port}`])));
+  // Clients leave the default port of their scheme out.
+  const isDefaultPort = port === 80 || port === 443;
+  return new Set(names.flatMap((name) => [`${name}:${port}`, ...(isDefaultPort ? [name] : [])]));
 }
 
 /**
  * Refuses a request over loopback whose Host is not this daemon: a web page whose name an attacker
- * points at 127.0.0.1 (DNS rebinding) cannot talk to it. `allowedHosts` are further values of the
- * header, for a reverse proxy on the same host.
+ * points at 127.0.0.1 (DNS rebinding) cannot talk to it.
  */
-export function checkHost(allowedHosts: readonly string[]): RequestHandler {
-  const allowed = new Set(allowedHosts.map((host) => host.toLowerCase()));
-  return (req, _res, next) => {
-    const { localAddress = '', localPort = 0 } = req.socket;
-    const host = (req.headers.host ?? '').toLowerCase();
-    if (isLoopback(localAddress) && !hostsOf(localAddress, localPort).has(host) && !allowed.has(host)) {
-      throw new AppError('HOST_REFUSED', 'the Host header does not name this daemon');
-    }
-    next();
-  };
-}
+export const checkHost: RequestHandler = (req, _res, next) => {
+  const { localAddress = '', localPort = 0 } = req.socket;
+  const host = (req.headers.host ?? '').toLowerCase();
+  if (isLoopback(localAddress) && !hostsOf(localAddress, localPort).has(host)) {
+    throw new AppError('HOST_REFUSED', 'the Host header does not name this daemon');
+  }
+  next();
+};
 
 const JSON_TYPE = /^application\/json(\s*;\s*charset=utf-8)?$/i;
 

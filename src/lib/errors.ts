@@ -17,8 +17,7 @@ export const ERROR_CATALOGUE = {
   },
   HOST_REFUSED: {
     retryable: false,
-    remedy:
-      'Use the address the daemon listens on, or add the host name to the allowed hosts in its configuration.',
+    remedy: 'Use the address the daemon listens on; a proxy must send that as the Host header.',
   },
   METHOD_NOT_ALLOWED: { retryable: false, remedy: 'Use a method named in the Allow header.' },
   BODY_TOO_LARGE: { retryable: false, remedy: 'Send a smaller body.' },
