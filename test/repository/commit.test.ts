@@ -2,9 +2,12 @@ import { readFile, readdir, stat } from 'node:fs/promises';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { runTool } from '../../src/lib/process.js';
-import { newId, type PointId } from '../../src/lib/id.js';
+import { newId, type DiskId, type LayerId, type PointId, type VmId } from '../../src/lib/id.js';
 import { CLUSTER_BYTES } from '../../src/lib/units.js';
-import { RepositoryLab, expectedDisk, type Fills } from './repository-lab.js';
+import type { Lease } from '../../repository/lease.js';
+import type { PartialLayer } from '../../repository/repository.js';
+import type { PointDraft } from '../../repository/types.js';
+import { RepositoryLab, expectedDisk, fillLayer, type Fills } from './repository-lab.js';
 
 let lab: RepositoryLab;
 
@@ -157,5 +160,98 @@ describe('discardLayer and discardRun', () => {
     expect(await lab.repository.discardRun(lab.vmId, two.draft.runId)).toHaveLength(2);
     expect(await lab.repository.discardRun(lab.vmId, two.draft.runId)).toEqual([]);
     expect(await readdir(lab.diskDirectory())).toEqual([]);
+  });
+});
+
+describe('a point of two disks', () => {
+  async function prepareTwo(
+    lease: Lease,
+  ): Promise<{ draft: PointDraft; layers: [PartialLayer, PartialLayer] }> {
+    const one = await lab.prepare(new Map([[0, 1]]), { lease });
+    const diskId = newId<DiskId>();
+    const layerId = newId<LayerId>();
+    const { runId, vmId } = one.draft;
+    const sizeBytes = 5 * CLUSTER_BYTES + 1;
+    const layer = await lab.repository.createLayer(
+      { vmId, diskId, runId, layerId, sizeBytes, parentLayerId: null },
+      lease,
+    );
+    const fills: Fills = new Map([[5, 9]]);
+    await fillLayer(layer, fills, sizeBytes);
+    const [disk] = one.draft.disks;
+    if (disk === undefined) throw new Error('no disk');
+    const second = { ...disk, diskId, layerId, sizeBytes, number: 1, name: 'vdb' };
+    return { draft: { ...one.draft, disks: [disk, second] }, layers: [one.layer, layer] };
+  }
+
+  it('commits both together, each in its own folder', async () => {
+    await using lease = await lab.lease();
+    const { draft, layers } = await prepareTwo(lease);
+    const shares: number[] = [];
+    const point = await lab.repository.commitPoint(draft, [layers[1], layers[0]], {
+      lease,
+      onProgress: (share) => {
+        shares.push(share);
+      },
+    });
+    expect(point.disks.map((disk) => disk.diskId)).toEqual(layers.map((layer) => layer.diskId));
+    expect(shares.at(-1)).toBe(1);
+    expect([...shares].sort((a, b) => a - b)).toEqual(shares);
+    expect((await lab.repository.check({ content: true })).findings).toEqual([]);
+    const { removedFiles } = await lab.repository.deletePoint(lab.vmId, point.pointId, lease);
+    expect(removedFiles).toHaveLength(4);
+  });
+
+  it('commits neither when one of them is not sound, and discards both', async () => {
+    await using lease = await lab.lease();
+    const { draft, layers } = await prepareTwo(lease);
+    await runTool('qemu-io', ['-f', 'qcow2', '-c', 'write -P 9 65536 65536', layers[1].path], {
+      timeoutMs: 20_000,
+    });
+    await expect(lab.repository.commitPoint(draft, layers, { lease })).rejects.toMatchObject({
+      code: 'LAYER_CORRUPT',
+    });
+    expect(await lab.repository.listPoints(lab.vmId)).toEqual([]);
+    for (const layer of layers) await lab.repository.discardLayer(layer);
+    const files = await readdir(path.join(lab.root, 'vms', lab.vmId, 'layers'), { recursive: true });
+    expect(files.filter((name) => name.includes('.'))).toEqual([]);
+  });
+
+  it('refuses a point that leaves a layer out or has two entries for one disk', async () => {
+    await using lease = await lab.lease();
+    const { draft, layers } = await prepareTwo(lease);
+    const invalid = { code: 'INVALID_INPUT' };
+    await expect(lab.repository.commitPoint(draft, [layers[0]], { lease })).rejects.toMatchObject(invalid);
+    const [disk] = draft.disks;
+    if (disk === undefined) throw new Error('no disk');
+    const doubled = { ...draft, disks: [disk, disk] };
+    await expect(lab.repository.commitPoint(doubled, layers, { lease })).rejects.toMatchObject(invalid);
+    for (const layer of layers) await lab.repository.discardLayer(layer);
+  });
+
+  it('refuses the lease of another VM and a second commit of the same point', async () => {
+    const point = await lab.commit(new Map([[0, 1]]));
+    await using lease = await lab.lease();
+    const again = await lab.prepare(new Map([[0, 1]]), { lease });
+    const draft = { ...again.draft, pointId: point.pointId };
+    await expect(lab.repository.commitPoint(draft, [again.layer], { lease })).rejects.toMatchObject({
+      code: 'CONFLICT',
+    });
+    const foreign = { ...again.draft, vmId: newId<VmId>() };
+    await expect(lab.repository.commitPoint(foreign, [again.layer], { lease })).rejects.toMatchObject({
+      code: 'LEASE_LOST',
+    });
+  });
+
+  it('ends with the reason of the signal before anything takes its name', async () => {
+    await using lease = await lab.lease();
+    const point = await lab.prepare(new Map([[0, 1]]), { lease });
+    const signal = AbortSignal.abort();
+    await expect(
+      lab.repository.commitPoint(point.draft, [point.layer], { lease, signal }),
+    ).rejects.toMatchObject({
+      code: 'CANCELLED',
+    });
+    expect((await readdir(lab.diskDirectory())).every((name) => name.startsWith('.partial-'))).toBe(true);
   });
 });
