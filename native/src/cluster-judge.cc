@@ -11,16 +11,20 @@ ClusterJudge::Verdict ClusterJudge::Compare(const uint8_t* expected, const uint8
                                             bool is_zero) {
   if (expected == nullptr) return Verdict::kUnjudged;
   switch (static_cast<ExpectKind>(expected[0])) {
-    case ExpectKind::kUnknown: return Verdict::kUnjudged;
-    case ExpectKind::kZero: return is_zero ? Verdict::kEqual : Verdict::kDifferent;
-    case ExpectKind::kHash: break;
+    case ExpectKind::kUnknown:
+      return Verdict::kUnjudged;
+    case ExpectKind::kZero:
+      return is_zero ? Verdict::kEqual : Verdict::kDifferent;
+    case ExpectKind::kHash:
+      break;
   }
   if (!is_hashed_) hasher_.Hash(data, length, hash_);
   is_hashed_ = true;
   return std::memcmp(hash_, expected + 1, hasher_.bytes()) == 0 ? Verdict::kEqual : Verdict::kDifferent;
 }
 
-void ClusterJudge::Judge(const Task& task, const uint8_t* data, std::vector<SinkRun>* runs, WindowOutcome* outcome) {
+void ClusterJudge::Judge(const Task& task, const uint8_t* data, std::vector<SinkRun>* runs,
+                         WindowOutcome* outcome) {
   PlanWindow& window = *task.window;
   const WindowSpec& spec = window.spec();
   size_t ordinal = 0;
@@ -39,11 +43,14 @@ void ClusterJudge::Judge(const Task& task, const uint8_t* data, std::vector<Sink
     }
     const bool is_equal = spec.expect_policy == ExpectPolicy::kCompare && verdict == Verdict::kEqual;
     const bool is_skipped = is_equal || (is_zero && !spec.writes_zeroes);
-    if (is_skipped || !sink_keeps_) outcome->bytes_skipped += length;
-    else (is_zero ? outcome->bytes_zeroed : outcome->bytes_written) += length;
+    if (is_skipped || !sink_keeps_)
+      outcome->bytes_skipped += length;
+    else
+      (is_zero ? outcome->bytes_zeroed : outcome->bytes_written) += length;
     if (is_skipped) continue;
     if (!is_zero && spec.emits_entries && !is_hashed_) hasher_.Hash(bytes, length, hash_);
-    window.Emit(task.first_entry + ordinal, (task.offset + at) / shape_.cluster_bytes, is_zero ? nullptr : hash_);
+    window.Emit(task.first_entry + ordinal, (task.offset + at) / shape_.cluster_bytes,
+                is_zero ? nullptr : hash_);
     Add(runs, is_zero, at, length);
   }
   outcome->bytes_read += task.length;

@@ -81,10 +81,13 @@ std::unique_ptr<CopySource> CopySession::OpenSource(Wake& wake, Heart& heart) co
 
 std::unique_ptr<CopySink> CopySession::OpenSink(Wake& wake, Heart& heart, bool flushes) const {
   switch (spec_.sink.kind) {
-    case SinkSpec::Kind::kNull: return std::make_unique<NullSink>();
+    case SinkSpec::Kind::kNull:
+      return std::make_unique<NullSink>();
     case SinkSpec::Kind::kFile:
-      return std::make_unique<FileSink>(FileSinkOptions{sink_file_, spec_.sink.is_zeroed, flushes, spec_.shape}, heart);
-    case SinkSpec::Kind::kNbd: break;
+      return std::make_unique<FileSink>(
+          FileSinkOptions{sink_file_, spec_.sink.is_zeroed, flushes, spec_.shape}, heart);
+    case SinkSpec::Kind::kNbd:
+      break;
   }
   return std::make_unique<NbdSink>(NbdConnection::Open(spec_.sink.nbd, wake), spec_.shape);
 }
@@ -157,8 +160,10 @@ void CopySession::WakeWorkers() {
     workers = workers_;
   }
   for (auto& worker : workers) {
-    if (is_ending()) worker->wake().Stop();
-    else worker->wake().Set();
+    if (is_ending())
+      worker->wake().Stop();
+    else
+      worker->wake().Set();
   }
 }
 
@@ -167,40 +172,54 @@ void CopySession::Submit(WindowSpec spec, PlanWindow::Settle settle) {
   std::optional<Failure> refusal;
   {
     std::lock_guard lock(mutex_);
-    if (failure_) refusal = failure_;
-    else if (is_ending() || workers_.empty()) refusal = ClosedFailure("submit");
-    else windows_.push_back(window);
+    if (failure_)
+      refusal = failure_;
+    else if (is_ending() || workers_.empty())
+      refusal = ClosedFailure("submit");
+    else
+      windows_.push_back(window);
     if (!refusal) SettleComplete();  // an empty window is complete at once
   }
-  if (refusal) window->SettleWith(&*refusal);
-  else WakeWorkers();
+  if (refusal)
+    window->SettleWith(&*refusal);
+  else
+    WakeWorkers();
 }
 
 void CopySession::BlockStatus(std::unique_ptr<StatusRequest> request) {
   std::optional<Failure> refusal;
   {
     std::lock_guard lock(mutex_);
-    if (failure_) refusal = failure_;
-    else if (is_ending() || workers_.empty()) refusal = ClosedFailure("blockStatus");
-    else if (!spec_.source.nbd) refusal.emplace("NBD_REQUEST", "blockStatus", "the source is no NBD export", EINVAL);
-    else statuses_.push_back(std::move(request));
+    if (failure_)
+      refusal = failure_;
+    else if (is_ending() || workers_.empty())
+      refusal = ClosedFailure("blockStatus");
+    else if (!spec_.source.nbd)
+      refusal.emplace("NBD_REQUEST", "blockStatus", "the source is no NBD export", EINVAL);
+    else
+      statuses_.push_back(std::move(request));
   }
-  if (refusal) request->settle(*request, &*refusal);
-  else WakeWorkers();
+  if (refusal)
+    request->settle(*request, &*refusal);
+  else
+    WakeWorkers();
 }
 
 void CopySession::Flush(std::function<void(const Failure*)> settle) {
   std::optional<Failure> refusal;
   {
     std::lock_guard lock(mutex_);
-    if (failure_) refusal = failure_;
-    else if (is_ending() || workers_.empty()) refusal = ClosedFailure("flush");
+    if (failure_)
+      refusal = failure_;
+    else if (is_ending() || workers_.empty())
+      refusal = ClosedFailure("flush");
     else {
       auto flush = std::make_shared<FlushRequest>();
       flush->settle = std::move(settle);
       // Worker 0 counts also while its thread is just starting.
       for (auto& worker : workers_) {
-        const bool takes_part = worker->index() == 0 || std::find(joined_.begin(), joined_.end(), worker.get()) != joined_.end();
+        const bool takes_part =
+            worker->index() == 0 || std::find(joined_.begin(), joined_.end(), worker.get()) != joined_.end();
         if (!takes_part) continue;
         flush->open++;
         worker->QueueFlush(flush);
@@ -208,13 +227,15 @@ void CopySession::Flush(std::function<void(const Failure*)> settle) {
       flushes_.push_back(flush);
     }
   }
-  if (refusal) settle(&*refusal);
-  else WakeWorkers();
+  if (refusal)
+    settle(&*refusal);
+  else
+    WakeWorkers();
 }
 
 SessionProgress CopySession::progress() const {
-  return {bytes_read_, bytes_written_, bytes_zeroed_, bytes_skipped_, requests_in_flight_, source_connections_,
-          sink_connections_};
+  return {bytes_read_,         bytes_written_,      bytes_zeroed_,    bytes_skipped_,
+          requests_in_flight_, source_connections_, sink_connections_};
 }
 
 void CopySession::SetRateLimit(double bytes_per_second) {

@@ -161,8 +161,10 @@ void CopyWorker::AfterRead(Slot& slot) {
   slot.Begin("pwrite");
   for (const SinkRun& run : slot.runs) {
     const uint64_t offset = slot.task.offset + run.start;
-    if (run.is_zero) sink_->Zero(run.length, offset, slot);
-    else sink_->Write(slot.buffer.data() + run.start, run.length, offset, slot);
+    if (run.is_zero)
+      sink_->Zero(run.length, offset, slot);
+    else
+      sink_->Write(slot.buffer.data() + run.start, run.length, offset, slot);
   }
   slot.Seal();
 }
@@ -179,8 +181,10 @@ void CopyWorker::RunReady() {
     Slot& slot = *ready_.back();
     ready_.pop_back();
     if (slot.failure()) throw *slot.failure();
-    if (slot.stage == Slot::Stage::kReading) AfterRead(slot);
-    else Finish(slot);
+    if (slot.stage == Slot::Stage::kReading)
+      AfterRead(slot);
+    else
+      Finish(slot);
   }
 }
 

@@ -16,17 +16,17 @@ namespace {
 class NbdHandleObject : public Napi::ObjectWrap<NbdHandleObject> {
  public:
   static Napi::Function Define(Napi::Env env) {
-    return DefineClass(env, "RawNbdHandle",
-                       {InstanceMethod<&NbdHandleObject::Open>("open"),
-                        InstanceMethod<&NbdHandleObject::List>("listExports"),
-                        InstanceMethod<&NbdHandleObject::Read>("pread"),
-                        InstanceMethod<&NbdHandleObject::Write>("pwrite"),
-                        InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kZero>>("zero"),
-                        InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kTrim>>("trim"),
-                        InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kCache>>("cache"),
-                        InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kFlush>>("flush"),
-                        InstanceMethod<&NbdHandleObject::BlockStatus>("blockStatus"),
-                        InstanceMethod<&NbdHandleObject::Close>("close")});
+    return DefineClass(
+        env, "RawNbdHandle",
+        {InstanceMethod<&NbdHandleObject::Open>("open"),
+         InstanceMethod<&NbdHandleObject::List>("listExports"),
+         InstanceMethod<&NbdHandleObject::Read>("pread"), InstanceMethod<&NbdHandleObject::Write>("pwrite"),
+         InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kZero>>("zero"),
+         InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kTrim>>("trim"),
+         InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kCache>>("cache"),
+         InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kFlush>>("flush"),
+         InstanceMethod<&NbdHandleObject::BlockStatus>("blockStatus"),
+         InstanceMethod<&NbdHandleObject::Close>("close")});
   }
 
   explicit NbdHandleObject(const Napi::CallbackInfo& info) : ObjectWrap(info) {
@@ -56,21 +56,22 @@ class NbdHandleObject : public Napi::ObjectWrap<NbdHandleObject> {
   Napi::Value Open(const Napi::CallbackInfo& info) {
     Shared settler = Promise(info.Env());
     return Started(settler, [&] {
-      core_->Open(*AddonData::Of(info.Env()).threads, [settler](const ExportFacts* facts, const Failure* failure) {
-        if (failure != nullptr) return settler->Reject(*failure);
-        settler->Resolve([facts = *facts](Napi::Env env) { return ExportInfoObject(env, facts); });
-      });
+      core_->Open(
+          *AddonData::Of(info.Env()).threads, [settler](const ExportFacts* facts, const Failure* failure) {
+            if (failure != nullptr) return settler->Reject(*failure);
+            settler->Resolve([facts = *facts](Napi::Env env) { return ExportInfoObject(env, facts); });
+          });
     });
   }
 
   Napi::Value List(const Napi::CallbackInfo& info) {
     Shared settler = Promise(info.Env());
     return Started(settler, [&] {
-      core_->List(*AddonData::Of(info.Env()).threads,
-                  [settler](const std::vector<ExportEntry>* entries, const Failure* failure) {
-                    if (failure != nullptr) return settler->Reject(*failure);
-                    settler->Resolve([entries = *entries](Napi::Env env) { return EntriesArray(env, entries); });
-                  });
+      core_->List(*AddonData::Of(info.Env()).threads, [settler](const std::vector<ExportEntry>* entries,
+                                                                const Failure* failure) {
+        if (failure != nullptr) return settler->Reject(*failure);
+        settler->Resolve([entries = *entries](Napi::Env env) { return EntriesArray(env, entries); });
+      });
     });
   }
 

@@ -11,18 +11,27 @@ namespace holdfast {
 namespace {
 constexpr int kGoodbyeMs = 500;
 
-Failure Closed(const std::string& op) { return Failure("NBD_CLOSED", op, op + ": the handle is closed", EBADF); }
+Failure Closed(const std::string& op) {
+  return Failure("NBD_CLOSED", op, op + ": the handle is closed", EBADF);
+}
 }  // namespace
 
 const char* HandleRequest::name() const {
   switch (call) {
-    case HandleCall::kRead: return "pread";
-    case HandleCall::kWrite: return "pwrite";
-    case HandleCall::kZero: return "zero";
-    case HandleCall::kTrim: return "trim";
-    case HandleCall::kCache: return "cache";
-    case HandleCall::kFlush: return "flush";
-    case HandleCall::kBlockStatus: return "blockStatus";
+    case HandleCall::kRead:
+      return "pread";
+    case HandleCall::kWrite:
+      return "pwrite";
+    case HandleCall::kZero:
+      return "zero";
+    case HandleCall::kTrim:
+      return "trim";
+    case HandleCall::kCache:
+      return "cache";
+    case HandleCall::kFlush:
+      return "flush";
+    case HandleCall::kBlockStatus:
+      return "blockStatus";
   }
   return "request";
 }
@@ -86,12 +95,17 @@ void NbdHandleCore::Submit(std::unique_ptr<HandleRequest> request) {
   std::optional<Failure> refusal;
   {
     std::lock_guard lock(mutex_);
-    if (wake_.stopped()) refusal = Closed(request->name());
-    else if (end_) refusal = end_;
-    else submitted_.push_back(std::move(request));
+    if (wake_.stopped())
+      refusal = Closed(request->name());
+    else if (end_)
+      refusal = end_;
+    else
+      submitted_.push_back(std::move(request));
   }
-  if (refusal) request->settle(*request, &*refusal);
-  else wake_.Set();
+  if (refusal)
+    request->settle(*request, &*refusal);
+  else
+    wake_.Set();
 }
 
 void NbdHandleCore::Close(std::function<void()> on_closed) {
@@ -180,9 +194,10 @@ void NbdHandleCore::SettleDone() {
     if (request->error == 0) {
       request->settle(*request, nullptr);
     } else {
-      const Failure failure("NBD_REQUEST", request->name(),
-                            std::string(request->name()) + ": the server answered: " + ErrorText(request->error),
-                            request->error, static_cast<double>(request->offset));
+      const Failure failure(
+          "NBD_REQUEST", request->name(),
+          std::string(request->name()) + ": the server answered: " + ErrorText(request->error),
+          request->error, static_cast<double>(request->offset));
       request->settle(*request, &failure);
     }
     return true;

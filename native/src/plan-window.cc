@@ -27,10 +27,12 @@ std::string CheckRow(const double* row, const DiskShape& shape, double previous_
   if (row[1] == 0) return "a row must not be empty";
   if (end > disk) return "a row must end within the disk";
   if (std::fmod(row[0], shape.cluster_bytes) != 0) return "a row must begin at a cluster";
-  if (std::fmod(row[1], shape.cluster_bytes) != 0 && end != disk) return "a row must end at a cluster or at the end of the disk";
+  if (std::fmod(row[1], shape.cluster_bytes) != 0 && end != disk)
+    return "a row must end at a cluster or at the end of the disk";
   if (row[0] < previous_end) return "rows must be ascending and must not overlap";
   if (row[2] > 1) return "the op must be copy or zero";
-  if (row[2] == 0 && shape.file_count > 0 && row[3] >= static_cast<double>(shape.file_count)) return "there is no file with this index";
+  if (row[2] == 0 && shape.file_count > 0 && row[3] >= static_cast<double>(shape.file_count))
+    return "there is no file with this index";
   if (!IsCount(row[4] + row[1])) return "the file offset is too large";
   return "";
 }
@@ -58,7 +60,8 @@ std::string PlanWindow::Check(const WindowSpec& spec, const DiskShape& shape) {
     clusters += count;
     if (row[2] == 0) read_clusters += count;
   }
-  if (spec.emits_entries && clusters > kMaxEntries) return "a window with entries may have at most 4194304 clusters";
+  if (spec.emits_entries && clusters > kMaxEntries)
+    return "a window with entries may have at most 4194304 clusters";
   const uint64_t stride = 1 + HashBytes(shape.hash);
   if (spec.expect_policy != ExpectPolicy::kNone && spec.expect.size() != read_clusters * stride) {
     return "expect must hold one kind byte and one hash for each cluster of the copy rows";
@@ -69,7 +72,10 @@ std::string PlanWindow::Check(const WindowSpec& spec, const DiskShape& shape) {
 }
 
 PlanWindow::PlanWindow(WindowSpec spec, const DiskShape& shape, Settle settle)
-    : spec_(std::move(spec)), shape_(shape), settle_(std::move(settle)), entry_bytes_(8 + HashBytes(shape.hash)) {
+    : spec_(std::move(spec)),
+      shape_(shape),
+      settle_(std::move(settle)),
+      entry_bytes_(8 + HashBytes(shape.hash)) {
   if (!spec_.emits_entries) return;
   uint64_t clusters = 0;
   for (size_t i = 0; i < spec_.rows.size() / kRowNumbers; i++) clusters += ClustersOf(RowAt(i).length);
@@ -78,8 +84,8 @@ PlanWindow::PlanWindow(WindowSpec spec, const DiskShape& shape, Settle settle)
 
 PlanWindow::Row PlanWindow::RowAt(size_t index) const {
   const double* row = &spec_.rows[index * kRowNumbers];
-  return {static_cast<uint64_t>(row[0]), static_cast<uint64_t>(row[1]), row[2] != 0, static_cast<size_t>(row[3]),
-          static_cast<uint64_t>(row[4])};
+  return {static_cast<uint64_t>(row[0]), static_cast<uint64_t>(row[1]), row[2] != 0,
+          static_cast<size_t>(row[3]), static_cast<uint64_t>(row[4])};
 }
 
 uint64_t PlanWindow::next_read_bytes() const {
@@ -99,12 +105,14 @@ bool PlanWindow::Next(Task* task) {
   task->first_entry = next_entry_;
   task->first_expect = next_expect_;
   // Requests end at multiples of their size, so that a long run is asked in equal, aligned pieces.
-  const uint64_t limit = first.is_zero ? kZeroTaskBytes : shape_.request_bytes - task->offset % shape_.request_bytes;
+  const uint64_t limit =
+      first.is_zero ? kZeroTaskBytes : shape_.request_bytes - task->offset % shape_.request_bytes;
   while (!is_cut() && task->length < limit) {
     const Row row = RowAt(row_);
-    const bool continues = row.is_zero == task->is_zero && row.offset + row_done_ == task->offset + task->length &&
-                           (row.is_zero || shape_.file_count == 0 ||
-                            (row.file == task->file && row.file_offset + row_done_ == task->file_offset + task->length));
+    const bool continues =
+        row.is_zero == task->is_zero && row.offset + row_done_ == task->offset + task->length &&
+        (row.is_zero || shape_.file_count == 0 ||
+         (row.file == task->file && row.file_offset + row_done_ == task->file_offset + task->length));
     if (!continues) break;
     const uint64_t piece = std::min(row.length - row_done_, limit - task->length);
     task->length += piece;
@@ -135,8 +143,10 @@ void PlanWindow::Emit(size_t ordinal, uint64_t cluster, const uint8_t* hash) {
   uint8_t* entry = &entries_[ordinal * entry_bytes_];
   const uint64_t index = hash == nullptr ? cluster | kZeroBit : cluster;
   for (int i = 0; i < 8; i++) entry[i] = static_cast<uint8_t>(index >> (8 * i));
-  if (hash == nullptr) std::memset(entry + 8, 0, entry_bytes_ - 8);
-  else std::memcpy(entry + 8, hash, entry_bytes_ - 8);
+  if (hash == nullptr)
+    std::memset(entry + 8, 0, entry_bytes_ - 8);
+  else
+    std::memcpy(entry + 8, hash, entry_bytes_ - 8);
 }
 
 std::vector<uint8_t> PlanWindow::TakeEntries() {

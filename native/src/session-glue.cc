@@ -55,7 +55,8 @@ WindowSpec WindowSpecFrom(const Napi::Object& object) {
   if (policy == "verify") spec.expect_policy = ExpectPolicy::kVerify;
   if (policy == "compare") spec.expect_policy = ExpectPolicy::kCompare;
   auto expect = object.Get("expect").As<Napi::Buffer<uint8_t>>();
-  if (spec.expect_policy != ExpectPolicy::kNone) spec.expect.assign(expect.Data(), expect.Data() + expect.Length());
+  if (spec.expect_policy != ExpectPolicy::kNone)
+    spec.expect.assign(expect.Data(), expect.Data() + expect.Length());
   spec.collects_mismatches = BoolField(object, "collectMismatches");
   return spec;
 }
@@ -133,7 +134,8 @@ class CopySessionObject : public Napi::ObjectWrap<CopySessionObject> {
     Shared settler = Promise(info.Env());
     session_->Submit(std::move(spec), [settler](PlanWindow& window, const Failure* failure) {
       if (failure != nullptr) return settler->Reject(*failure);
-      auto finished = std::make_shared<FinishedWindow>(FinishedWindow{window.outcome(), window.TakeEntries()});
+      auto finished =
+          std::make_shared<FinishedWindow>(FinishedWindow{window.outcome(), window.TakeEntries()});
       settler->Resolve([finished](Napi::Env env) { return WindowResultObject(env, *finished); });
     });
     return settler->promise();
