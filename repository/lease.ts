@@ -88,18 +88,32 @@ export async function acquireLease(context: LeaseContext, name: string, holder: 
       nonce: newUlid(context.clock.nowMs()),
       holder: makeHolder(context, holder, process),
     };
-    if (!(await backend.createExclusive(tokenFile(name, file.token), sealJson(file)))) continue;
-    // A taker that slept since its listing may have created a number that others have long passed.
-    if ((await newestToken(backend, name)) !== file.token) {
-      await backend.remove(tokenFile(name, file.token));
-      continue;
-    }
-    await removeOldTokens(backend, name, file.token);
-    return startLease(context, name, file);
+    const lease = await claimToken(context, name, file);
+    if (lease !== undefined) return lease;
   }
   throw new AppError('REPOSITORY_LOCKED', 'others take this lease all the time', {
     details: { lease: name },
   });
+}
+
+async function claimToken(context: LeaseContext, name: string, file: LeaseFile): Promise<Lease | undefined> {
+  const { backend } = context;
+  let lease: Lease | undefined;
+  // Before the file is there: another taker in this process must not think it was let go.
+  heldHere.add(file.nonce);
+  try {
+    if (!(await backend.createExclusive(tokenFile(name, file.token), sealJson(file)))) return undefined;
+    // A taker that slept since its listing may have created a number that others have long passed.
+    if ((await newestToken(backend, name)) !== file.token) {
+      await backend.remove(tokenFile(name, file.token));
+      return undefined;
+    }
+    await removeOldTokens(backend, name, file.token);
+    lease = startLease(context, name, file);
+    return lease;
+  } finally {
+    if (lease === undefined) heldHere.delete(file.nonce);
+  }
 }
 
 const tokenFile = (name: string, token: number): string =>
@@ -141,7 +155,7 @@ async function requireFree(context: LeaseContext, name: string, token: number): 
     });
   }
   const { holder } = file;
-  if (holder === null || (await isDead(context, holder))) return;
+  if (holder === null || (await isDead(context, { holder, nonce: file.nonce }))) return;
   throw new AppError(
     'REPOSITORY_LOCKED',
     `held for ${holder.purpose} by process ${holder.pid} on ${holder.hostname}`,
@@ -160,15 +174,26 @@ async function requireFree(context: LeaseContext, name: string, token: number): 
   );
 }
 
-/** Expired, or provably gone: a process of this very boot and pid namespace that no longer runs. */
-async function isDead(context: LeaseContext, holder: StoredHolder): Promise<boolean> {
+/** Nonces of the leases that this process holds. */
+const heldHere = new Set<string>();
+
+/**
+ * Expired, or provably gone: a process of this very boot and pid namespace that no longer runs, or this
+ * process itself, which knows that it let go although the repository was away and could not be told.
+ */
+async function isDead(
+  context: LeaseContext,
+  { holder, nonce }: { holder: StoredHolder; nonce: string },
+): Promise<boolean> {
   if (Date.parse(holder.expiresAt) < context.clock.nowMs()) return true;
   const here = await describeProcess();
   const isHere =
     holder.hostname === here.hostname &&
     holder.bootId === here.bootId &&
     holder.pidNamespace === here.pidNamespace;
-  return isHere && !(await isSameProcess(holder));
+  if (!isHere) return false;
+  if (holder.pid === here.pid && holder.startTime === here.startTime) return !heldHere.has(nonce);
+  return !(await isSameProcess(holder));
 }
 
 type ProcessFacts = Pick<StoredHolder, 'pid' | 'startTime' | 'hostname' | 'bootId' | 'pidNamespace'>;
@@ -249,6 +274,7 @@ class HeldLease implements Lease {
   async #releaseOnce(): Promise<void> {
     clearTimeout(this.#timer);
     await this.#renewal;
+    heldHere.delete(this.#file.nonce);
     if (this.#loss.signal.aborted) return;
     // Only this token's own file is written, so a newer holder is not touched.
     const file: LeaseFile = { ...this.#file, holder: null };

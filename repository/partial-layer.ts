@@ -173,13 +173,28 @@ export async function discardLayer(context: RepositoryContext, layer: OpenLayer)
 
 /** Removes every partial file of a run. Answers their names, relative to the root. */
 export async function discardRun(context: RepositoryContext, vmId: VmId, runId: RunId): Promise<string[]> {
+  return removePartials(context, vmId, (owner) => owner === runId);
+}
+
+/** Removes every partial file of the VM: the holder of its lease is its only writer, and has not begun. */
+export async function discardAbandoned(context: RepositoryContext, lease: Lease): Promise<string[]> {
+  await lease.verify();
+  return removePartials(context, lease.vmId as VmId, () => true);
+}
+
+async function removePartials(
+  context: RepositoryContext,
+  vmId: VmId,
+  isWanted: (owner: RunId) => boolean,
+): Promise<string[]> {
   await requireWritable(context);
   const removed: string[] = [];
   for (const disk of (await context.backend.list(layersDirectory(vmId))) ?? []) {
     if (disk.kind !== 'directory') continue;
     const directory = `${layersDirectory(vmId)}/${disk.name}`;
     for (const entry of (await context.backend.list(directory)) ?? []) {
-      if (parsePartialName(entry.name)?.runId !== runId) continue;
+      const owner = parsePartialName(entry.name)?.runId;
+      if (owner === undefined || !isWanted(owner)) continue;
       if (await context.backend.remove(`${directory}/${entry.name}`))
         removed.push(`${directory}/${entry.name}`);
     }

@@ -97,6 +97,11 @@ export interface Repository {
   discardLayer(layer: PartialLayer): Promise<void>;
   /** Removes every partial file of a run in a VM, found by the run id in its name; for recovery. Returns the names. */
   discardRun(vmId: VmId, runId: RunId): Promise<string[]>;
+  /**
+   * Removes every partial file in the lease's VM, for a holder that has made none yet: what a run left that
+   * could not reach the repository in the end. Returns the names.
+   */
+  discardAbandoned(lease: Lease): Promise<string[]>;
 
   /**
    * The commit of the design, section 4: all layers, then the manifest last. The sink must be

@@ -10,7 +10,7 @@ import { deletePoint, dependents } from './delete.js';
 import { acquireLease, type Lease, type LeaseHolder } from './lease.js';
 import { readAllManifests, readManifest } from './manifest.js';
 import { requireWritable } from './marker.js';
-import { OpenLayer, createLayer, discardLayer, discardRun } from './partial-layer.js';
+import { OpenLayer, createLayer, discardAbandoned, discardLayer, discardRun } from './partial-layer.js';
 import type {
   CommitOptions,
   DeleteResult,
@@ -99,6 +99,10 @@ export class StoredRepository implements Repository {
 
   discardRun(vmId: VmId, runId: RunId): Promise<string[]> {
     return discardRun(this.#context, vmId, runId);
+  }
+
+  discardAbandoned(lease: Lease): Promise<string[]> {
+    return discardAbandoned(this.#context, lease);
   }
 
   async commitPoint(

@@ -77,7 +77,9 @@ export interface VmTable {
   insert(vm: VmRow): Promise<void>;
   get(id: VmId): Promise<VmRow | null>;
   list(page: RowPageRequest): Promise<RowPage<VmRow>>;
-  updateDisk(id: DiskId, change: { sizeBytes?: number; lineage?: string }): Promise<void>;
+  updateDisk(id: DiskId, change: { sizeBytes?: number; lineage?: string; source?: unknown }): Promise<void>;
+  /** By its unique name. */
+  findByName(name: string): Promise<VmRow | null>;
   /** CONFLICT while points or active runs refer to it. Ended runs keep their record, with the VM unset. */
   remove(id: VmId): Promise<void>;
 }

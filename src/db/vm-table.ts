@@ -1,7 +1,7 @@
 import type { Knex } from 'knex';
 import { AppError } from '../lib/errors.js';
 import type { DiskId, RunId, VmId } from '../lib/id.js';
-import { chunks, CHUNK_ROWS } from './columns.js';
+import { chunks, CHUNK_ROWS, toJson, uniqueKey } from './columns.js';
 import { decodeCursor, toPage } from './cursor.js';
 import type { RowPage, RowPageRequest, VmRow, VmTable } from './database.js';
 import type { PointRecord } from './point-record.js';
@@ -18,6 +18,14 @@ export function createVmTable(session: Session): VmTable {
     async get(id) {
       const vm = await session.run('reading a VM', (db) => db<VmRecord>('vms').where({ id }).first());
       return vm === undefined ? null : toVmRow(vm, await readDisks(session, [id]));
+    },
+    async findByName(name) {
+      const vm = await session.run('finding a VM', (db) =>
+        db<VmRecord>('vms')
+          .where({ name_key: uniqueKey(name) })
+          .first(),
+      );
+      return vm === undefined ? null : toVmRow(vm, await readDisks(session, [vm.id]));
     },
     list: (page) => list(session, page),
     updateDisk: (id, change) => updateDisk(session, id, change),
@@ -69,11 +77,12 @@ async function list(session: Session, { limit, cursor }: RowPageRequest): Promis
 async function updateDisk(
   session: Session,
   id: DiskId,
-  change: { sizeBytes?: number; lineage?: string },
+  change: { sizeBytes?: number; lineage?: string; source?: unknown },
 ): Promise<void> {
   const columns: Partial<DiskRecord> = {
     ...(change.sizeBytes === undefined ? {} : { size_bytes: change.sizeBytes }),
     ...(change.lineage === undefined ? {} : { lineage: change.lineage }),
+    ...(change.source === undefined ? {} : { source: toJson(change.source) }),
   };
   const count = await session.run('updating a disk', (db) =>
     // The id again, so that an empty change still finds out whether the disk is there.

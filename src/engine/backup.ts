@@ -1,14 +1,8 @@
-import {
-  openComposedSums,
-  type Lease,
-  type PointManifest,
-  type Repository,
-  type VmRecord,
-} from '../../repository/index.js';
+import { type Lease, type PointManifest, type Repository, type VmRecord } from '../../repository/index.js';
 import type { VmRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { CleanupStack } from '../lib/cleanup.js';
-import { AppError, isErrorCode } from '../lib/errors.js';
+import { AppError, toAppError } from '../lib/errors.js';
 import type { DiskId, PointId, VmId } from '../lib/id.js';
 import { formatBytes } from '../lib/units.js';
 import { bitmapNameFor } from '../source/bitmap-name.js';
@@ -24,8 +18,12 @@ import {
   type DiskPlan,
 } from './capture-disk.js';
 import type { EngineContext } from './context.js';
+import { decideOverChain } from './parent-chain.js';
 import type { DiskView, RunRequest, RunResult } from './types.js';
 import { toDiskView, toIndexRows } from './views.js';
+
+/** How often the repository is looked at while a run writes into it. */
+const REPOSITORY_LOOK_MS = 1000;
 
 type BackupRunRequest = Extract<RunRequest, { kind: 'backup' }>;
 
@@ -48,8 +46,16 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
   lease.lost.addEventListener('abort', () => {
     run.abort(new AppError('LEASE_LOST', 'the lease of this VM was taken over'));
   });
+  const abandoned = await repository.discardAbandoned(lease);
+  if (abandoned.length > 0) {
+    run.log('warning', {
+      code: 'LEFTOVERS_REMOVED',
+      message: `removed ${abandoned.length} unfinished file(s) of earlier runs`,
+      details: { files: abandoned },
+    });
+  }
   const points = await repository.listPoints(vmId);
-  const plans = await planDisks({ context, run, repository, points, vm, request });
+  const plans = await planDisks({ context, run, repository, points, vm, request, cleanup });
   await repository.putVm(vmRecord(vm, plans));
 
   await run.enter('snapshot');
@@ -70,7 +76,10 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
 
   await run.enter('transfer');
   const totals = new Map<DiskId, CaptureTotals>();
-  for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
+  {
+    await using _watch = watchRepository(run, repository, lease);
+    for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
+  }
 
   await run.enter('finalize');
   const manifest = await commit({ run, repository, lease, vm, pointId, capturedAt, captures, totals });
@@ -113,6 +122,8 @@ interface PlanContext {
   points: PointManifest[];
   vm: VmRow;
   request: BackupRunRequest;
+  /** Takes what the plans hold open. */
+  cleanup: CleanupStack;
 }
 
 async function planDisks(plan: PlanContext): Promise<DiskPlan[]> {
@@ -148,21 +159,16 @@ async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
   });
   const probe = await source.probe({ signal: run.signal });
   const head = findHead(points, disk.id);
-  const decision = decideCapture({
-    type: request.type,
-    diskName: disk.name,
-    tracking: disk.source.changeTracking,
-    probe,
-    head,
-    damage:
-      head === null
-        ? null
-        : await findDamage(
-            repository,
-            points.find(({ pointId }) => pointId === head.pointId),
-            disk.id,
-          ),
-    stated: request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null,
+  const stated = request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null;
+  const tracking = disk.source.changeTracking;
+  const { decision, known } = await decideOverChain({
+    repository,
+    head: points.find(({ pointId }) => pointId === head?.pointId),
+    diskId: disk.id,
+    decide: (damage) =>
+      decideCapture({ type: request.type, diskName: disk.name, tracking, probe, head, damage, stated }),
+    cleanup: plan.cleanup,
+    signal: run.signal,
   });
   run.log('info', {
     code: decision.reason.code,
@@ -173,15 +179,7 @@ async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
     },
   });
   await followDisk(plan, disk, probe);
-  const parentPoint = points.find(({ pointId }) => pointId === decision.parent?.pointId);
-  const isCompared = decision.method === 'compare' && parentPoint !== undefined;
-  return {
-    disk,
-    source,
-    probe,
-    decision,
-    known: isCompared ? async () => openComposedSums(await repository.openChain(parentPoint, disk.id)) : null,
-  };
+  return { disk, source, probe, decision, known };
 }
 
 /** The index follows what the source is now; the point keeps what it was. */
@@ -197,25 +195,7 @@ async function followDisk({ context, run }: PlanContext, disk: DiskView, probe: 
   await run.insist(() => context.db.vms.updateDisk(disk.id, change));
 }
 
-/** Null when the head's chain is whole as far as headers and files tell. */
-async function findDamage(
-  repository: Repository,
-  point: PointManifest | undefined,
-  diskId: DiskId,
-): Promise<string | null> {
-  if (point === undefined) return null;
-  try {
-    await repository.openChain(point, diskId);
-    return null;
-  } catch (error) {
-    if (isErrorCode(error, 'CHAIN_BROKEN', 'LAYER_NOT_FOUND', 'LAYER_CORRUPT') && error instanceof AppError) {
-      return error.message;
-    }
-    throw error;
-  }
-}
-
-/** What a full or a bitmap run will write at the most is known; a compare may write nothing. */
+/** What is known to come must fit; what nobody knows is watched while it comes. */
 async function measureAndReserve(
   run: ActiveRun,
   repository: Repository,
@@ -223,11 +203,36 @@ async function measureAndReserve(
 ): Promise<void> {
   let needed = 0;
   for (const capture of captures) {
-    const totalBytes = await capture.measure();
+    const { totalBytes, writeBytes } = await capture.measure();
     run.updateDisk(capture.plan.disk.id, { totalBytes });
-    if (capture.plan.decision.method !== 'compare') needed += totalBytes;
+    needed += writeBytes ?? 0;
   }
   await repository.requireSpace(needed);
+}
+
+/**
+ * During the copy: a repository that went away is noticed, and what turned out larger than anybody knew
+ * ends before it takes the reserve.
+ */
+function watchRepository(run: ActiveRun, repository: Repository, lease: Lease): AsyncDisposable {
+  let looking: Promise<void> | undefined;
+  const look = async (): Promise<void> => {
+    try {
+      await lease.verify();
+      await repository.requireSpace(0);
+    } catch (error) {
+      run.abort(toAppError(error));
+    }
+  };
+  const timer = setInterval(() => {
+    looking ??= look().finally(() => (looking = undefined));
+  }, REPOSITORY_LOOK_MS);
+  return {
+    async [Symbol.asyncDispose]() {
+      clearInterval(timer);
+      await looking;
+    },
+  };
 }
 
 async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<CaptureTotals> {

@@ -33,8 +33,8 @@ export interface DiskPlan {
   source: Source;
   probe: SourceProbe;
   decision: CaptureDecision;
-  /** What the chain holds, for a compare. */
-  known: (() => Promise<ComposedSums>) | null;
+  /** What the chain holds, for a compare. Whoever made the plan closes it. */
+  known: ComposedSums | null;
 }
 
 export interface CaptureTotals {
@@ -42,6 +42,13 @@ export interface CaptureTotals {
   bytesWritten: number;
   bytesZeroed: number;
   bytesSkipped: number;
+}
+
+export interface CaptureMeasure {
+  /** Bytes that will be looked at: what the source does not know to be zero, or calls dirty. */
+  totalBytes: number;
+  /** Bytes that will be written, at the most; null when a compare or a source that knows no zeroes leaves that open. */
+  writeBytes: number | null;
 }
 
 /**
@@ -52,8 +59,8 @@ export interface CaptureTotals {
 export interface DiskCapture extends AsyncDisposable {
   readonly plan: DiskPlan;
   readonly layer: PartialLayer;
-  /** Bytes that will be looked at: what the source does not know to be zero, or calls dirty. Asks the source anew each time. */
-  measure(): Promise<number>;
+  /** Asks the source anew each time. */
+  measure(): Promise<CaptureMeasure>;
   transfer(onProgress: (totals: CaptureTotals) => void): Promise<CaptureTotals>;
   /** The layer was committed: disposal leaves it alone. */
   finish(): void;
@@ -122,7 +129,7 @@ async function openSession(
       connectTimeoutMs: settings.connectTimeoutMs,
       stallTimeoutMs: settings.stallTimeoutMs,
     },
-    { signal },
+    { signal, sinkRole: 'layer' },
   );
 }
 
@@ -161,10 +168,19 @@ class NbdCapture implements DiskCapture {
     this.#parts = parts;
   }
 
-  async measure(): Promise<number> {
-    let total = 0;
-    for await (const map of this.#walk()) total += this.#planned(map).plannedBytes;
-    return total;
+  async measure(): Promise<CaptureMeasure> {
+    const { source } = this.#parts;
+    let totalBytes = 0;
+    let copyBytes = 0;
+    for await (const map of this.#walk()) {
+      const planned = this.#planned(map);
+      totalBytes += planned.plannedBytes;
+      copyBytes += planned.copyBytes;
+    }
+    // Many servers call all of a disk data, whatever is on it.
+    const saysSomething = source.dirtyContext !== null || copyBytes < this.plan.probe.sizeBytes;
+    const isKnown = this.plan.decision.method !== 'compare' && saysSomething;
+    return { totalBytes, writeBytes: isKnown ? copyBytes : null };
   }
 
   async transfer(onProgress: (totals: CaptureTotals) => void): Promise<CaptureTotals> {
@@ -198,8 +214,6 @@ class NbdCapture implements DiskCapture {
   }
 
   async #copyAll(): Promise<CaptureTotals> {
-    await using cleanup = new CleanupStack();
-    const known = this.plan.known === null ? null : cleanup.use(await this.plan.known());
     const totals: CaptureTotals = { bytesRead: 0, bytesWritten: 0, bytesZeroed: 0, bytesSkipped: 0 };
     const waiting: Promise<WindowResult>[] = [];
     const settle = async (): Promise<void> => {
@@ -211,7 +225,7 @@ class NbdCapture implements DiskCapture {
       }
     };
     for await (const map of this.#walk()) {
-      const planned = await this.#plannedWith(map, known);
+      const planned = await this.#plannedWith(map);
       if (planned.rows.length === 0) continue;
       const submitted = this.#submit(planned);
       // Handled when its turn comes; until then a failure must not count as unhandled.
@@ -256,7 +270,8 @@ class NbdCapture implements DiskCapture {
     return planWindow(this.plan.decision.method, map, this.#planOptions());
   }
 
-  async #plannedWith(map: ClusterMap, known: ComposedSums | null): Promise<PlannedWindow> {
+  async #plannedWith(map: ClusterMap): Promise<PlannedWindow> {
+    const { known } = this.plan;
     if (known === null) return this.#planned(map);
     const clusters = await known.window(map.offset / CLUSTER_BYTES, map.isZero.length);
     return planWindow(this.plan.decision.method, map, {

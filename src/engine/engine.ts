@@ -84,6 +84,7 @@ export interface Engine {
   ): Promise<RunView>;
   rescanRepository(id: RepositoryId, actor: Actor): Promise<RunView>;
 
+  /** A machine known only from a repository, by name and with the same disk names, is given these sources and keeps its ids. */
   addVm(input: NewVm, actor: Actor): Promise<VmView>;
   listVms(page: PageRequest): Promise<Page<VmView>>;
   getVm(id: VmId): Promise<VmView>;

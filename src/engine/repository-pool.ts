@@ -29,6 +29,11 @@ export function createRepositoryPool(
   const openOnce = async (id: RepositoryId): Promise<Repository> => {
     const known = opened.get(id);
     if (known !== undefined) return known;
+    const repository = await openAnew(id);
+    opened.set(id, repository);
+    return repository;
+  };
+  const openAnew = async (id: RepositoryId): Promise<Repository> => {
     const row = await db.repositories.get(id);
     if (row === null) throw new AppError('NOT_FOUND', `there is no repository ${id}`);
     const repository = await openRepository({ root: row.root, applianceId }, { leaseTerms });
@@ -37,7 +42,6 @@ export function createRepositoryPool(
         details: { expected: id, found: repository.marker.repositoryId },
       });
     }
-    opened.set(id, repository);
     return repository;
   };
 
@@ -57,7 +61,8 @@ export function createRepositoryPool(
     look(id) {
       const pending = looking.get(id);
       if (pending !== undefined) return bounded(pending);
-      const look = openOnce(id)
+      // Anew: a directory that is not mounted any more would answer with the capacity of what is under it.
+      const look = openAnew(id)
         .then((repository) => repository.capacity())
         .finally(() => looking.delete(id));
       looking.set(id, look);

@@ -6,7 +6,7 @@ import { parseDiskSource } from '../source/disk-source.js';
 import { openSource } from '../source/open-source.js';
 import { audit } from './audit.js';
 import type { EngineContext } from './context.js';
-import type { Engine, NewVm } from './engine.js';
+import type { Actor, Engine, NewVm } from './engine.js';
 import { toVmView } from './views.js';
 
 type VmUseCases = Pick<Engine, 'addVm' | 'listVms' | 'getVm' | 'removeVm'>;
@@ -18,6 +18,10 @@ export function createVmUseCases(context: EngineContext): VmUseCases {
   return {
     async addVm(input, actor) {
       requireDistinctNames(input);
+      const known = await db.vms.findByName(input.name);
+      if (known?.disks.every(({ source }) => source === null) === true) {
+        return toVmView(await adoptVm(context, { known, input, actor }));
+      }
       const vmId = newId<VmId>(context.clock.nowMs());
       const disks: DiskRow[] = [];
       for (const [index, disk] of input.disks.entries()) {
@@ -42,6 +46,33 @@ export function createVmUseCases(context: EngineContext): VmUseCases {
       await audit(context, actor, { action: 'vm.remove', subject: id, details: {} });
     },
   };
+}
+
+/**
+ * A machine known only from a repository (its appliance was lost) is given its sources: it keeps its ids, so
+ * that its chains go on. Whether a disk is still the one of the last point is found out by the next backup.
+ */
+async function adoptVm(
+  context: EngineContext,
+  { known, input, actor }: { known: VmRow; input: NewVm; actor: Actor },
+): Promise<VmRow> {
+  const names = known.disks.map(({ name }) => name);
+  const isSame = input.disks.length === names.length && input.disks.every(({ name }) => names.includes(name));
+  if (!isSame) {
+    throw new AppError('CONFLICT', `${known.name} is known from a repository with other disks`, {
+      details: { vmId: known.id, disks: names },
+    });
+  }
+  const disks: DiskRow[] = [];
+  for (const { id, vmId, number, name } of known.disks) {
+    const source = input.disks.find((disk) => disk.name === name)?.source;
+    disks.push({ ...(await probeDisk(context, { vmId, number, name, source })), id });
+  }
+  for (const { id, sizeBytes, lineage, source } of disks) {
+    await context.db.vms.updateDisk(id, { sizeBytes, lineage, source });
+  }
+  await audit(context, actor, { action: 'vm.adopt', subject: known.id, details: { name: known.name } });
+  return { ...known, disks };
 }
 
 function requireDistinctNames(input: NewVm): void {

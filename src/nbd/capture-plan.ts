@@ -18,6 +18,8 @@ export interface PlannedWindow {
   expect: Buffer | undefined;
   /** Bytes of the disk this window decides about: copied, zeroed or compared. */
   plannedBytes: number;
+  /** Of these, the bytes that will be copied, or compared and perhaps copied; the others cost no room. */
+  copyBytes: number;
 }
 
 const SKIP = 255;
@@ -47,6 +49,7 @@ export function planWindow(
   const rows: number[] = [];
   const copied: number[] = [];
   let plannedBytes = 0;
+  let copyBytes = 0;
   const clusters = map.isZero.length;
   for (let start = nextCandidate(method, map, 0); start < clusters;) {
     const op = decide(start);
@@ -57,6 +60,7 @@ export function planWindow(
       const length = Math.min(map.offset + stop * clusterBytes, map.end) - offset;
       rows.push(offset, length, op, 0, 0);
       plannedBytes += length;
+      if (op === COPY_OP.copy) copyBytes += length;
       if (known !== undefined && op === COPY_OP.copy) for (let i = start; i < stop; i += 1) copied.push(i);
     }
     start = nextCandidate(method, map, stop);
@@ -65,6 +69,7 @@ export function planWindow(
     rows: Float64Array.from(rows),
     expect: known === undefined ? undefined : packExpected(copied, known, hashBytes),
     plannedBytes,
+    copyBytes,
   };
 }
 
