@@ -28,7 +28,7 @@ export class HoldfastCommand {
     ];
     if (exitCode !== 0) {
       const command = `holdfast ${args.slice(0, 2).join(' ')}`;
-      throw new AppError('INTERNAL', `${command} ended with exit code ${exitCode}${reasonIn(output)}`);
+      throw new AppError('TOOL_FAILED', `${command} ended with exit code ${exitCode}${reasonIn(output)}`);
     }
     return JSON.parse(output) as T;
   }

@@ -41,6 +41,7 @@ async function run(options: QuickstartOptions): Promise<void> {
   const account = new Account();
   if (options.isStop) {
     const wasRunning = await stopDaemon(places.state);
+    await rm(places.runtime, { recursive: true, force: true });
     account.line(wasRunning ? 'Holdfast is stopped.' : `No Holdfast runs on ${places.state}.`);
     return;
   }
@@ -166,7 +167,8 @@ Done: two points made, restored and compared. Holdfast goes on running.
 try {
   await run(parseQuickstartOptions(process.argv.slice(2), process.cwd()));
 } catch (error) {
-  const { code, message, remedy, stack } = toAppError(error);
-  process.stderr.write(`\nquickstart: ${message}\n${code === 'INTERNAL' ? (stack ?? '') : remedy}\n`);
+  const { code, message, remedy } = toAppError(error);
+  const isFault = !(error instanceof AppError) && error instanceof Error;
+  process.stderr.write(`\nquickstart: ${message}\n${isFault ? (error.stack ?? '') : remedy}\n`);
   process.exitCode = code === 'INVALID_INPUT' ? 2 : 1;
 }
