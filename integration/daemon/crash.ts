@@ -81,7 +81,8 @@ export async function waitForStage(rig: Rig, runId: string, stage: RunStage): Pr
 export async function findChildren(rig: Rig, command: string, word = ''): Promise<number[]> {
   const found: number[] = [];
   for (const pid of await findDescendants(rig.daemon.pid)) {
-    const argv = (await commandLine(pid)).split('\0');
+    // Redis writes its state behind its name, with a blank.
+    const argv = (await commandLine(pid)).split(/[\0 ]/);
     if (path.basename(argv[0] ?? '') === command && argv.join(' ').includes(word)) found.push(pid);
   }
   return found;

@@ -2,7 +2,7 @@ import { DelayedError, UnrecoverableError, Worker, type Job } from 'bullmq';
 import type { RunExecutor } from '../engine/run-queue.js';
 import { systemClock, type Clock } from '../lib/clock.js';
 import { withDeadline } from '../lib/deadline.js';
-import { AppError, toAppError } from '../lib/errors.js';
+import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
 import type { Logger } from '../lib/log.js';
 import { connectForWorkers, DEFAULT_PREFIX, type QueueConnection } from './connection.js';
 import {
@@ -14,6 +14,9 @@ import {
   STALLED_CHECK_MS,
   type QueueHandler,
 } from './queues.js';
+
+/** Redis answers at once, or is away. */
+const LEAVE_TIMEOUT_MS = 3000;
 
 export interface RunWorkersOptions {
   connection: QueueConnection;
@@ -54,18 +57,18 @@ function startWorker(handler: QueueHandler, options: RunWorkersOptions): RunWork
   const log = options.logger.child({ component: 'worker', queue: handler.queue });
   const connection = connectForWorkers(options.connection, log);
   const stopped = new AbortController();
-  const running = new Set<Promise<void>>();
+  const running = new Set<Promise<unknown>>();
   const clock = options.clock ?? systemClock;
   const process = (job: Job<unknown>, token?: string): Promise<void> => {
-    const work = executeJob(job, handler, stopped.signal).then(async (outcome) => {
+    const work = executeJob(job, handler, stopped.signal);
+    running.add(work);
+    const forget = (): void => void running.delete(work);
+    work.then(forget, forget);
+    return work.then(async (outcome) => {
       if (outcome === 'done') return;
       await job.moveToDelayed(clock.nowMs() + LATER_MS, token);
       throw new DelayedError();
     });
-    running.add(work);
-    const forget = (): void => void running.delete(work);
-    work.then(forget, forget);
-    return work;
   };
   const worker = new Worker<unknown, void>(handler.queue, process, {
     connection: connection.redis,
@@ -81,7 +84,8 @@ function startWorker(handler: QueueHandler, options: RunWorkersOptions): RunWork
       // Before anything is awaited: a job that arrives from now on is aborted from its beginning.
       stopped.abort(new AppError('INTERRUPTED', 'the daemon is stopping'));
       try {
-        await withDeadline(closeWorker(worker, running), { timeoutMs, what: 'the end of the running jobs' });
+        await withDeadline(endJobs(worker, running), { timeoutMs, what: 'the end of the running jobs' });
+        await takeLeave(worker, log);
       } catch (error) {
         log.error({ err: error, running: running.size }, 'jobs were left behind');
         throw error;
@@ -109,14 +113,20 @@ async function executeJob(
   }
 }
 
-/** The runs end by themselves once aborted; BullMQ then takes the jobs off the queue. */
-async function closeWorker(
-  worker: Worker<unknown, void>,
-  running: ReadonlySet<Promise<void>>,
-): Promise<void> {
+/** The runs end by themselves once aborted. Their rows say how, so that Redis need not be there for it. */
+async function endJobs(worker: Worker<unknown, void>, running: ReadonlySet<Promise<unknown>>): Promise<void> {
   await worker.pause(true);
   await Promise.allSettled(running);
-  await worker.close();
+}
+
+/** Takes the ended jobs off the queue. When Redis is away they stay there, which is harmless: nobody can claim their runs. */
+async function takeLeave(worker: Worker<unknown, void>, log: Logger): Promise<void> {
+  try {
+    await withDeadline(worker.close(), { timeoutMs: LEAVE_TIMEOUT_MS, what: 'taking leave of Redis' });
+  } catch (error) {
+    if (!isErrorCode(error, 'TIMEOUT')) throw error;
+    log.warn({ err: error }, 'ended jobs stay in the queue');
+  }
 }
 
 function logEvents(worker: Worker<unknown, void>, log: Logger): void {
