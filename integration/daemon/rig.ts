@@ -161,6 +161,17 @@ export async function waitUntilCopying(
   );
 }
 
+/** Waits until a worker has taken the run. */
+export async function waitUntilRunning(daemon: Daemon, runId: string): Promise<void> {
+  await pollUntil(
+    async () => {
+      const { state } = await daemon.expect<RunView>(200, 'GET', `/runs/${runId}`);
+      return state === 'running' ? true : undefined;
+    },
+    { timeoutMs: 10_000, intervalMs: 20, what: `run ${runId} running` },
+  );
+}
+
 /** A TCP listener on loopback that hands each connection over; ends them all when it is stopped. */
 export interface LabListener extends AsyncDisposable {
   readonly port: number;

@@ -96,7 +96,22 @@ async function prepare(parts: {
     };
   });
   for (const { target, options } of restores) await target.check(options);
+  await requireApart(restores);
   return restores;
+}
+
+/** Two disks written to one place would destroy each other; links and dots hide that it is one. */
+async function requireApart(restores: readonly DiskRestore[]): Promise<void> {
+  const seen = new Set<string>();
+  for (const { target } of restores) {
+    const identity = await target.identity();
+    if (seen.has(identity)) {
+      throw new AppError('INVALID_INPUT', 'two disks would be written to one target', {
+        details: { field: 'disks', target: identity },
+      });
+    }
+    seen.add(identity);
+  }
 }
 
 async function forbiddenTargets(context: EngineContext): Promise<string[]> {

@@ -28,6 +28,7 @@ export function openDeviceTarget(spec: DeviceSpec): Target {
     if (!request.overwrite) await requireBlank(spec.path);
   };
   return {
+    identity: async () => `device:${await identify(spec.path)}`,
     check,
     async open(request) {
       await check(request);
@@ -51,9 +52,7 @@ async function identify(file: string): Promise<string> {
   try {
     const facts = await stat(file);
     if (!facts.isBlockDevice()) throw new AppError('INVALID_INPUT', `${file} is not a block device`);
-    const major = Math.floor(facts.rdev / 256) & 0xfff;
-    const minor = (facts.rdev & 0xff) | ((facts.rdev >>> 12) & 0xfff00);
-    return `${major}:${minor}`;
+    return formatNumber(facts.rdev);
   } catch (error) {
     const errno = errnoOf(error);
     if (error instanceof AppError || errno === undefined) throw error;
@@ -71,6 +70,7 @@ async function requireUnused(file: string, device: string): Promise<void> {
       throw new AppError('TARGET_IN_USE', `${file} is held by ${holders.join(', ')}`);
     }
   }
+  await requireNoLoop(file, numbers);
   await requireExclusive(file);
   await requireNoGuest(file);
 }
@@ -91,6 +91,37 @@ async function withPartitions(device: string): Promise<string[]> {
 /** Third field of each line of /proc/self/mountinfo, see proc(5). */
 function mountedDevices(mountinfo: string): Set<string> {
   return new Set(mountinfo.split('\n').map((line) => line.split(' ')[2] ?? ''));
+}
+
+/** A loop device over a device neither claims it nor shows as its holder. */
+async function requireNoLoop(file: string, numbers: readonly string[]): Promise<void> {
+  for (const name of await listIfThere('/sys/block')) {
+    if (!name.startsWith('loop')) continue;
+    const backing = (await readIfThere(`/sys/block/${name}/loop/backing_file`))?.trimEnd();
+    if (backing === undefined) continue;
+    const number = await deviceNumber(backing);
+    if (number !== null && numbers.includes(number)) {
+      throw new AppError('TARGET_IN_USE', `${file} or a partition of it is held by ${name}`);
+    }
+  }
+}
+
+/** major:minor of a block device, null for anything else and for what is not there (any more). */
+async function deviceNumber(file: string): Promise<string | null> {
+  try {
+    const facts = await stat(file);
+    return facts.isBlockDevice() ? formatNumber(facts.rdev) : null;
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT' || errnoOf(error) === 'ENOTDIR') return null;
+    throw error;
+  }
+}
+
+/** As the kernel packs it for user space (makedev(3)). */
+function formatNumber(rdev: number): string {
+  const major = Math.floor(rdev / 256) & 0xfff;
+  const minor = (rdev & 0xff) | ((rdev >>> 12) & 0xfff00);
+  return `${major}:${minor}`;
 }
 
 /** O_EXCL without O_CREAT on a block device fails with EBUSY while the kernel uses it (open(2)): mounts elsewhere, swap, LVM. */

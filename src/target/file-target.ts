@@ -28,6 +28,10 @@ export function openFileTarget(spec: FileSpec, options: FileTargetOptions): Targ
     await requireFree(spec.path, request.overwrite);
   };
   return {
+    identity: async () => {
+      const directory = await asTargetError(realpath(path.dirname(spec.path)));
+      return `file:${path.join(directory, path.basename(spec.path))}`;
+    },
     check,
     async open(request) {
       await check(request);

@@ -39,6 +39,7 @@ export function openNbdTarget(spec: NbdSpec, options: NbdTargetOptions): Target 
     return isZeroed;
   };
   return {
+    identity: () => Promise.resolve(uri.identity),
     async check(request) {
       await look(request);
     },

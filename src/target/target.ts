@@ -20,6 +20,8 @@ export interface TargetOpenOptions {
  * place); disposal without `complete` removes what was made (a new file), never what was there.
  */
 export interface Target {
+  /** The same text for the same place however it is spelled; what two disks must not share. Call after `check`. */
+  identity(): Promise<string>;
   check(options: TargetOpenOptions): Promise<void>;
   open(options: TargetOpenOptions): Promise<OpenTarget>;
 }
