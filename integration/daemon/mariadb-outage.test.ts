@@ -37,7 +37,10 @@ describe('MariaDB as the database of the daemon', { timeout: 60_000 }, () => {
     lab = await makeLabDirectory();
     mariadb = await startMariadb({ dir: lab.file('mariadb') });
     const { url, socketPath } = await mariadb.createDatabase();
-    settings = { database: { kind: 'mysql', url, socketPath } };
+    settings = {
+      database: { kind: 'mysql', url, socketPath },
+      runs: { heartbeatMs: 300, abandonedAfterMs: 1000 },
+    };
     rig = await startRig(settings);
   });
   afterAll(async () => {

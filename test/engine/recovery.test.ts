@@ -1,0 +1,121 @@
+import { mkdtemp, rm } from 'node:fs/promises';
+import os from 'node:os';
+import path from 'node:path';
+import pino from 'pino';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { openDatabase, type Database, type RunRow } from '../../src/db/index.js';
+import type { EngineContext } from '../../src/engine/context.js';
+import { createRecovery, recoveryIntervalMs, type Recovery } from '../../src/engine/recovery.js';
+import { systemClock, toTimestamp, type Clock } from '../../src/lib/clock.js';
+import { AppError } from '../../src/lib/errors.js';
+import { newId, type ApplianceId, type RunId } from '../../src/lib/id.js';
+import { ChildRegistry } from '../../src/lib/process.js';
+import { runRow } from '../contract/database-fixture.js';
+
+const ABANDONED_AFTER_MS = 2000;
+const LONG_AGO_MS = 60_000;
+
+describe('recovery of runs without a heartbeat', () => {
+  let directory: string;
+  let db: Database;
+  let nowMs: number;
+  let recovery: Recovery;
+  const active = new Map<RunId, never>();
+  const clock: Clock = { nowMs: () => nowMs, monotonicMs: () => nowMs };
+
+  beforeEach(async () => {
+    directory = await mkdtemp(path.join(os.tmpdir(), 'hf-recovery-'));
+    const logger = pino({ level: 'silent' });
+    db = await openDatabase(
+      { kind: 'sqlite', file: path.join(directory, 'holdfast.db') },
+      { logger, clock: systemClock },
+    );
+    await db.migrate();
+    nowMs = Date.UTC(2026, 10, 21);
+    const nothing = (): Promise<never> => Promise.reject(new AppError('INTERNAL', 'not used here'));
+    const context: EngineContext = {
+      db,
+      queue: { add: nothing, ping: nothing, [Symbol.asyncDispose]: () => Promise.resolve() },
+      repositories: { open: nothing, look: nothing },
+      clock,
+      logger,
+      applianceId: newId<ApplianceId>(),
+      workerId: 'this worker',
+      settings: { runs: { ...RUNS, abandonedAfterMs: ABANDONED_AFTER_MS }, nbd: NBD },
+      stateDirectory: directory,
+      runtimeDirectory: directory,
+      socketDirectory: directory,
+      registry: new ChildRegistry(directory),
+    };
+    recovery = createRecovery(context, { get: (id) => active.get(id) });
+  });
+  afterEach(async () => {
+    await db[Symbol.asyncDispose]();
+    await rm(directory, { recursive: true });
+  });
+
+  async function insertRunning(heartbeatMs: number, workerId = 'another worker'): Promise<RunRow> {
+    const row = runRow({ kind: 'check', state: 'running', workerId, heartbeatAt: toTimestamp(heartbeatMs) });
+    await db.runs.insert(row, { turn: 'none' });
+    return row;
+  }
+  const stateOf = async ({ id }: RunRow): Promise<string | undefined> => (await db.runs.get(id))?.state;
+
+  it('ends a run whose heartbeat two looks in a row found the same', async () => {
+    const run = await insertRunning(nowMs - LONG_AGO_MS);
+    await recovery.recoverAbandoned();
+    expect(await stateOf(run)).toBe('running');
+    await recovery.recoverAbandoned();
+    expect(await db.runs.get(run.id)).toMatchObject({
+      state: 'interrupted',
+      error: { code: 'INTERRUPTED' },
+    });
+  });
+
+  it('leaves a run alone that sends heartbeats, although the clocks differ by more than a run may be silent', async () => {
+    const run = await insertRunning(nowMs - LONG_AGO_MS);
+    for (let look = 0; look < 4; look += 1) {
+      await recovery.recoverAbandoned();
+      nowMs += ABANDONED_AFTER_MS / 2;
+      const heartbeatAt = toTimestamp(nowMs - LONG_AGO_MS);
+      expect(await db.runs.update(run.id, 'another worker', { heartbeatAt })).toBe(true);
+    }
+    expect(await stateOf(run)).toBe('running');
+  });
+
+  it('ends the runs of workers that are dead for certain at once, and no others', async () => {
+    const dead = await insertRunning(nowMs, 'dead worker');
+    const silent = await insertRunning(nowMs - LONG_AGO_MS);
+    await recovery.recoverDead(['dead worker']);
+    expect([await stateOf(dead), await stateOf(silent)]).toEqual(['interrupted', 'running']);
+  });
+});
+
+const RUNS = {
+  attempts: 1,
+  backoffMs: 100,
+  heartbeatMs: 300,
+  abandonedAfterMs: ABANDONED_AFTER_MS,
+  stalledAfterMs: 1000,
+  failStalledAfterMs: 1000,
+  progressIntervalMs: 100,
+};
+const NBD = {
+  connectTimeoutMs: 1000,
+  requestTimeoutMs: 1000,
+  stallTimeoutMs: 1000,
+  connections: 1,
+  requestBytes: 65_536,
+  requestsInFlight: 1,
+};
+
+it.each([
+  [30_000, 5000, 15_000],
+  [2000, 300, 1000],
+  [600_000, 5000, 15_000],
+])(
+  'looks often enough for a silence of %i ms and a heartbeat of %i ms',
+  (abandonedAfterMs, heartbeatMs, interval) => {
+    expect(recoveryIntervalMs({ runs: { ...RUNS, abandonedAfterMs, heartbeatMs }, nbd: NBD })).toBe(interval);
+  },
+);
