@@ -113,13 +113,17 @@ export function createRunUseCases(context: EngineContext, active: ActiveRuns): R
         if (text !== shown) yield run;
         shown = text;
         if (ENDED_STATES.includes(run.state)) return;
-        try {
-          await pause(WATCH_INTERVAL_MS, signal);
-        } catch (error) {
-          if (signal.aborted) return;
-          throw error;
-        }
+        await pauseUnlessAborted(signal);
       }
     },
   };
+}
+
+/** Whoever watches looks at the signal itself: leaving is no error. */
+async function pauseUnlessAborted(signal: AbortSignal): Promise<void> {
+  try {
+    await pause(WATCH_INTERVAL_MS, signal);
+  } catch (error) {
+    if (!signal.aborted) throw error;
+  }
 }
