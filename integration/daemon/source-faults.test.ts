@@ -152,6 +152,29 @@ describe('a source that fails', () => {
     await expectGoodBackup(rig, setup, { truths: { vda: truth } });
   });
 
+  it('is refused when it has another size on the next connection than it said before', async () => {
+    const options = { socketPath: rig.lab.file('size.sock'), plugin: ['file', truth], isReadOnly: true };
+    const honest = await startNbdkit(options);
+    const setup = await setUpWith('size', honest.uri);
+    await honest.stop();
+    // The two connections of the look before the run see the whole disk, the copy's less of it.
+    const counter = rig.lab.file('size.count');
+    const count = `n=$(cat ${counter} 2>/dev/null || echo 0); echo $((n + 1)) > ${counter}`;
+    const liar = await startNbdkit({
+      ...options,
+      plugin: ['eval'],
+      parameters: [
+        `get_size=${count}; if [ $n -lt 2 ]; then echo ${DISK_BYTES}; else echo ${DISK_BYTES - MIB}; fi`,
+        `pread=dd if=${truth} skip=$4 count=$3 iflag=count_bytes,skip_bytes bs=1M status=none`,
+      ],
+    });
+    await expectFailure(rig, setup, { code: 'SOURCE_SIZE_MISMATCH' });
+    await liar.stop();
+    await using again = await startNbdkit(options);
+    expect(again.uri).toBe(honest.uri);
+    await expectGoodBackup(rig, setup, { truths: { vda: truth } });
+  });
+
   it('fails when one read in a hundred does, and never calls that a success', async () => {
     const options = {
       socketPath: rig.lab.file('error.sock'),

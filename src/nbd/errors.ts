@@ -40,6 +40,10 @@ function codeOf(error: NbdError, sinkRole: SinkRole | undefined): ErrorCode {
       if (isFull && sinkRole !== undefined && SINK_OPS.has(error.op)) {
         return sinkRole === 'layer' ? 'REPOSITORY_FULL' : 'TARGET_FULL';
       }
+      // Opening a session holds the ends against the size of the disk.
+      if (isFull && error.op === 'open') {
+        return sinkRole === 'target' ? 'TARGET_TOO_SMALL' : 'SOURCE_SIZE_MISMATCH';
+      }
       return 'NBD_REQUEST';
     default:
       return error.code;
