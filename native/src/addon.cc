@@ -17,8 +17,7 @@ constexpr int kStopMs = 2000;
 
 // (algorithm, buffer) → Buffer
 Napi::Value HashBlock(const Napi::CallbackInfo& info) {
-  const HashKind kind =
-      info[0].As<Napi::String>().Utf8Value() == "sha-256" ? HashKind::kSha256 : HashKind::kXxh3_128;
+  const HashKind kind = info[0].As<Napi::String>().Utf8Value() == "sha-256" ? HashKind::kSha256 : HashKind::kXxh3_128;
   auto data = info[1].As<Napi::Buffer<uint8_t>>();
   uint8_t hash[kMaxHashBytes];
   try {
@@ -40,8 +39,7 @@ Napi::Value LibnbdVersion(const Napi::CallbackInfo& info) {
 // code they run must not go.
 void StayLoaded() {
   Dl_info self;
-  if (dladdr(reinterpret_cast<void*>(&StayLoaded), &self) != 0)
-    dlopen(self.dli_fname, RTLD_NOW | RTLD_NODELETE);
+  if (dladdr(reinterpret_cast<void*>(&StayLoaded), &self) != 0) dlopen(self.dli_fname, RTLD_NOW | RTLD_NODELETE);
 }
 
 Napi::Object Init(Napi::Env env, Napi::Object exports) {

@@ -7,8 +7,7 @@
 
 namespace holdfast {
 
-ClusterJudge::Verdict ClusterJudge::Compare(const uint8_t* expected, const uint8_t* data, size_t length,
-                                            bool is_zero) {
+ClusterJudge::Verdict ClusterJudge::Compare(const uint8_t* expected, const uint8_t* data, size_t length, bool is_zero) {
   if (expected == nullptr) return Verdict::kUnjudged;
   switch (static_cast<ExpectKind>(expected[0])) {
     case ExpectKind::kUnknown:
@@ -23,8 +22,7 @@ ClusterJudge::Verdict ClusterJudge::Compare(const uint8_t* expected, const uint8
   return std::memcmp(hash_, expected + 1, hasher_.bytes()) == 0 ? Verdict::kEqual : Verdict::kDifferent;
 }
 
-void ClusterJudge::Judge(const Task& task, const uint8_t* data, std::vector<SinkRun>* runs,
-                         WindowOutcome* outcome) {
+void ClusterJudge::Judge(const Task& task, const uint8_t* data, std::vector<SinkRun>* runs, WindowOutcome* outcome) {
   PlanWindow& window = *task.window;
   const WindowSpec& spec = window.spec();
   size_t ordinal = 0;
@@ -49,8 +47,7 @@ void ClusterJudge::Judge(const Task& task, const uint8_t* data, std::vector<Sink
       (is_zero ? outcome->bytes_zeroed : outcome->bytes_written) += length;
     if (is_skipped) continue;
     if (!is_zero && spec.emits_entries && !is_hashed_) hasher_.Hash(bytes, length, hash_);
-    window.Emit(task.first_entry + ordinal, (task.offset + at) / shape_.cluster_bytes,
-                is_zero ? nullptr : hash_);
+    window.Emit(task.first_entry + ordinal, (task.offset + at) / shape_.cluster_bytes, is_zero ? nullptr : hash_);
     Add(runs, is_zero, at, length);
   }
   outcome->bytes_read += task.length;

@@ -17,8 +17,7 @@ struct SinkRun {
 // finds the zeroes. Belongs to one thread.
 class ClusterJudge {
  public:
-  ClusterJudge(const DiskShape& shape, bool sink_keeps)
-      : shape_(shape), sink_keeps_(sink_keeps), hasher_(shape.hash) {}
+  ClusterJudge(const DiskShape& shape, bool sink_keeps) : shape_(shape), sink_keeps_(sink_keeps), hasher_(shape.hash) {}
 
   // Fills `runs` with what must go to the sink and adds to `outcome`. Throws Failure HASH_MISMATCH,
   // before anything of the task is written.

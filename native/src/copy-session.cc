@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <thread>
+#include <limits>
 #include <utility>
 
 #include "copy-worker.h"
@@ -15,7 +15,8 @@ namespace holdfast {
 namespace {
 constexpr int kWatchMs = 200;
 constexpr int kJoinMs = 1500;
-constexpr int kMaxFileWorkers = 4;
+// More than cores: each does one synchronous call at a time, and disks like several.
+constexpr int kFileWorkers = 4;
 }  // namespace
 
 CopySession::CopySession(SessionSpec spec) : spec_(std::move(spec)) { rate_limit_.Set(spec_.rate_limit); }
@@ -84,8 +85,7 @@ std::unique_ptr<CopySink> CopySession::OpenSink(Wake& wake, Heart& heart, bool f
     case SinkSpec::Kind::kNull:
       return std::make_unique<NullSink>();
     case SinkSpec::Kind::kFile:
-      return std::make_unique<FileSink>(
-          FileSinkOptions{sink_file_, spec_.sink.is_zeroed, flushes, spec_.shape}, heart);
+      return std::make_unique<FileSink>(FileSinkOptions{sink_file_, spec_.sink.is_zeroed, flushes, spec_.shape}, heart);
     case SinkSpec::Kind::kNbd:
       break;
   }
@@ -124,8 +124,7 @@ SessionFacts CopySession::StartWorkers() {
 }
 
 int CopySession::WorkerCount(const SessionFacts& facts) const {
-  const int cores = std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 2, kMaxFileWorkers);
-  int count = facts.source || facts.sink ? 64 : cores;
+  int count = facts.source || facts.sink ? std::numeric_limits<int>::max() : kFileWorkers;
   if (facts.source) count = std::min(count, facts.source->can_multi_conn ? spec_.source.connections : 1);
   if (facts.sink) count = std::min(count, facts.sink->can_multi_conn ? spec_.sink.connections : 1);
   return std::max(count, 1);
@@ -140,8 +139,7 @@ void CopySession::WatchWorkers() {
       if (!worker->is_stuck(spec_.stall_timeout_ms)) continue;
       lock.unlock();
       Fail(Failure("NBD_STALLED", "copy",
-                   "a file operation did not end within " + std::to_string(spec_.stall_timeout_ms) + " ms",
-                   ETIMEDOUT));
+                   "a file operation did not end within " + std::to_string(spec_.stall_timeout_ms) + " ms", ETIMEDOUT));
       lock.lock();
       break;
     }

@@ -15,11 +15,7 @@ struct Failure {
   double offset = -1;  // disk offset, -1 where there is none
 
   Failure(std::string code_, std::string op_, std::string message_, int error_ = 0, double offset_ = -1)
-      : code(std::move(code_)),
-        op(std::move(op_)),
-        message(std::move(message_)),
-        error(error_),
-        offset(offset_) {}
+      : code(std::move(code_)), op(std::move(op_)), message(std::move(message_)), error(error_), offset(offset_) {}
 };
 
 // strerror without its shared buffer.

@@ -73,8 +73,7 @@ void FileSink::Write(uint8_t* data, uint64_t length, uint64_t offset, Io&) {
   uint64_t done = 0;
   while (done < length) {
     heart_.Beat();
-    const ssize_t n =
-        ::pwrite(options_.file->fd(), data + done, length - done, static_cast<off_t>(offset + done));
+    const ssize_t n = ::pwrite(options_.file->fd(), data + done, length - done, static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) throw FileFailure("pwrite", errno, static_cast<double>(offset + done));
     done += static_cast<uint64_t>(n);
@@ -117,8 +116,7 @@ void FileSink::Flush(Io&) {
     heart_.Beat();
     const unsigned all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
     if (sync_file_range(fd, static_cast<off_t>(at), kFlushStep, all) != 0) {
-      if (errno == EINVAL || errno == ENOSYS || errno == ESPIPE)
-        break;  // this filesystem has fdatasync alone
+      if (errno == EINVAL || errno == ENOSYS || errno == ESPIPE) break;  // this filesystem has fdatasync alone
       throw FileFailure("flush", errno, static_cast<double>(at));
     }
   }

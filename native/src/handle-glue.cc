@@ -18,8 +18,7 @@ class NbdHandleObject : public Napi::ObjectWrap<NbdHandleObject> {
   static Napi::Function Define(Napi::Env env) {
     return DefineClass(
         env, "RawNbdHandle",
-        {InstanceMethod<&NbdHandleObject::Open>("open"),
-         InstanceMethod<&NbdHandleObject::List>("listExports"),
+        {InstanceMethod<&NbdHandleObject::Open>("open"), InstanceMethod<&NbdHandleObject::List>("listExports"),
          InstanceMethod<&NbdHandleObject::Read>("pread"), InstanceMethod<&NbdHandleObject::Write>("pwrite"),
          InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kZero>>("zero"),
          InstanceMethod<&NbdHandleObject::Ranged<HandleCall::kTrim>>("trim"),
@@ -56,22 +55,21 @@ class NbdHandleObject : public Napi::ObjectWrap<NbdHandleObject> {
   Napi::Value Open(const Napi::CallbackInfo& info) {
     Shared settler = Promise(info.Env());
     return Started(settler, [&] {
-      core_->Open(
-          *AddonData::Of(info.Env()).threads, [settler](const ExportFacts* facts, const Failure* failure) {
-            if (failure != nullptr) return settler->Reject(*failure);
-            settler->Resolve([facts = *facts](Napi::Env env) { return ExportInfoObject(env, facts); });
-          });
+      core_->Open(*AddonData::Of(info.Env()).threads, [settler](const ExportFacts* facts, const Failure* failure) {
+        if (failure != nullptr) return settler->Reject(*failure);
+        settler->Resolve([facts = *facts](Napi::Env env) { return ExportInfoObject(env, facts); });
+      });
     });
   }
 
   Napi::Value List(const Napi::CallbackInfo& info) {
     Shared settler = Promise(info.Env());
     return Started(settler, [&] {
-      core_->List(*AddonData::Of(info.Env()).threads, [settler](const std::vector<ExportEntry>* entries,
-                                                                const Failure* failure) {
-        if (failure != nullptr) return settler->Reject(*failure);
-        settler->Resolve([entries = *entries](Napi::Env env) { return EntriesArray(env, entries); });
-      });
+      core_->List(*AddonData::Of(info.Env()).threads,
+                  [settler](const std::vector<ExportEntry>* entries, const Failure* failure) {
+                    if (failure != nullptr) return settler->Reject(*failure);
+                    settler->Resolve([entries = *entries](Napi::Env env) { return EntriesArray(env, entries); });
+                  });
     });
   }
 

@@ -22,8 +22,7 @@ void BlockHasher::Hash(const uint8_t* data, size_t length, uint8_t* out) {
     return;
   }
   if (EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) != 1 ||
-      EVP_DigestUpdate(context_.get(), data, length) != 1 ||
-      EVP_DigestFinal_ex(context_.get(), out, nullptr) != 1) {
+      EVP_DigestUpdate(context_.get(), data, length) != 1 || EVP_DigestFinal_ex(context_.get(), out, nullptr) != 1) {
     throw Failure("FILE_IO", "hash", "SHA-256 is not available in this OpenSSL");
   }
 }

@@ -13,9 +13,7 @@ double NumberField(const Napi::Object& object, const char* name) {
   return object.Get(name).As<Napi::Number>().DoubleValue();
 }
 
-bool BoolField(const Napi::Object& object, const char* name) {
-  return object.Get(name).As<Napi::Boolean>().Value();
-}
+bool BoolField(const Napi::Object& object, const char* name) { return object.Get(name).As<Napi::Boolean>().Value(); }
 
 std::vector<std::string> StringListField(const Napi::Object& object, const char* name) {
   Napi::Array array = object.Get(name).As<Napi::Array>();
@@ -57,8 +55,7 @@ Napi::Object ExportInfoObject(Napi::Env env, const ExportFacts& facts) {
   block["maximum"] = Napi::Number::New(env, static_cast<double>(facts.maximum_block));
   info["blockSize"] = block;
   Napi::Array contexts = Napi::Array::New(env, facts.contexts.size());
-  for (uint32_t i = 0; i < facts.contexts.size(); i++)
-    contexts[i] = Napi::String::New(env, facts.contexts[i]);
+  for (uint32_t i = 0; i < facts.contexts.size(); i++) contexts[i] = Napi::String::New(env, facts.contexts[i]);
   info["metaContexts"] = contexts;
   return info;
 }

@@ -64,11 +64,10 @@ bool Settler::Claim() {
 
 void Settler::Resolve(MakeValue make_value) {
   if (!Claim()) return;
-  mailbox_->Post(
-      [mailbox = mailbox_, deferred = deferred_, make_value = std::move(make_value)](Napi::Env env) {
-        mailbox->Unhold(env);
-        deferred.Resolve(make_value ? make_value(env) : env.Undefined());
-      });
+  mailbox_->Post([mailbox = mailbox_, deferred = deferred_, make_value = std::move(make_value)](Napi::Env env) {
+    mailbox->Unhold(env);
+    deferred.Resolve(make_value ? make_value(env) : env.Undefined());
+  });
 }
 
 void Settler::Reject(const Failure& failure) {

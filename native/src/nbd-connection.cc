@@ -52,11 +52,10 @@ std::vector<ExportEntry> NbdConnection::ListExports(const ConnectSpec& spec, Wak
   if (!spec.host.empty()) ResolveHost(spec.host, wake, deadline_ms);
   if (nbd_aio_connect_uri(connection.nbd_, spec.uri.c_str()) == -1) connection.ThrowConnect();
   connection.PollUntil(
-      [&] { return nbd_aio_is_negotiating(connection.nbd_) == 1 || nbd_aio_is_ready(connection.nbd_) == 1; },
-      wake, deadline_ms);
+      [&] { return nbd_aio_is_negotiating(connection.nbd_) == 1 || nbd_aio_is_ready(connection.nbd_) == 1; }, wake,
+      deadline_ms);
   if (nbd_aio_is_negotiating(connection.nbd_) != 1) {
-    throw Failure("NBD_REQUEST", "listExports", "the server speaks the old protocol, which cannot list",
-                  ENOTSUP);
+    throw Failure("NBD_REQUEST", "listExports", "the server speaks the old protocol, which cannot list", ENOTSUP);
   }
   struct Listing {
     std::vector<ExportEntry> entries;
@@ -76,12 +75,11 @@ std::vector<ExportEntry> NbdConnection::ListExports(const ConnectSpec& spec, Wak
     return 1;
   };
   on_done.user_data = &listing;
-  if (nbd_aio_opt_list(connection.nbd_, on_entry, on_done) == -1)
-    throw LastFailure("NBD_REQUEST", "listExports");
+  if (nbd_aio_opt_list(connection.nbd_, on_entry, on_done) == -1) throw LastFailure("NBD_REQUEST", "listExports");
   connection.PollUntil([&] { return listing.is_done; }, wake, deadline_ms);
   if (listing.error != 0) {
-    throw Failure("NBD_REQUEST", "listExports",
-                  "the server does not list its exports: " + ErrorText(listing.error), listing.error);
+    throw Failure("NBD_REQUEST", "listExports", "the server does not list its exports: " + ErrorText(listing.error),
+                  listing.error);
   }
   nbd_aio_opt_abort(connection.nbd_);
   return listing.entries;
@@ -97,8 +95,7 @@ void NbdConnection::Configure(const ConnectSpec& spec) {
   check(nbd_set_uri_allow_local_file(nbd_, false));
   const bool has_tls = !spec.certificates.empty() || !spec.psk_file.empty();
   if (has_tls) {
-    if (nbd_supports_tls(nbd_) != 1)
-      throw Failure("NBD_CONNECT", "connect", "this libnbd has no TLS", ENOTSUP);
+    if (nbd_supports_tls(nbd_) != 1) throw Failure("NBD_CONNECT", "connect", "this libnbd has no TLS", ENOTSUP);
     // Whoever names keys wants TLS: never a plain connection then, whatever the scheme of the URI.
     check(nbd_set_tls(nbd_, LIBNBD_TLS_REQUIRE));
   }
@@ -119,8 +116,7 @@ void NbdConnection::Handshake(const ConnectSpec& spec, Wake& wake, int64_t deadl
     if (!was_started && failure.error == EINVAL) failure.code = "NBD_URI_INVALID";
     throw failure;
   }
-  PollUntil([this] { return nbd_aio_is_negotiating(nbd_) == 1 || nbd_aio_is_ready(nbd_) == 1; }, wake,
-            deadline_ms);
+  PollUntil([this] { return nbd_aio_is_negotiating(nbd_) == 1 || nbd_aio_is_ready(nbd_) == 1; }, wake, deadline_ms);
   if (nbd_aio_is_negotiating(nbd_) == 1) {
     ExpandContexts(spec, wake, deadline_ms);
     Go(wake, deadline_ms);
@@ -131,8 +127,8 @@ void NbdConnection::Handshake(const ConnectSpec& spec, Wake& wake, int64_t deadl
 // full name.
 void NbdConnection::ExpandContexts(const ConnectSpec& spec, Wake& wake, int64_t deadline_ms) {
   granted_candidates_ = spec.contexts;
-  const bool has_wildcard = std::any_of(spec.contexts.begin(), spec.contexts.end(),
-                                        [](const auto& it) { return it.ends_with(':'); });
+  const bool has_wildcard =
+      std::any_of(spec.contexts.begin(), spec.contexts.end(), [](const auto& it) { return it.ends_with(':'); });
   if (!has_wildcard || nbd_get_structured_replies_negotiated(nbd_) != 1) return;
   struct Listing {
     std::vector<std::string> names;
@@ -156,8 +152,7 @@ void NbdConnection::ExpandContexts(const ConnectSpec& spec, Wake& wake, int64_t 
   PollUntil([&] { return listing.is_done; }, wake, deadline_ms);
   if (listing.error != 0) return;  // a server that lists nothing grants nothing by wildcard
   for (const auto& name : listing.names) {
-    if (std::find(granted_candidates_.begin(), granted_candidates_.end(), name) != granted_candidates_.end())
-      continue;
+    if (std::find(granted_candidates_.begin(), granted_candidates_.end(), name) != granted_candidates_.end()) continue;
     if (nbd_add_meta_context(nbd_, name.c_str()) == -1) ThrowConnect();
     granted_candidates_.push_back(name);
   }
@@ -214,8 +209,7 @@ void NbdConnection::ReadFacts() {
   facts_.preferred_block = block(LIBNBD_SIZE_PREFERRED);
   facts_.maximum_block = block(LIBNBD_SIZE_MAXIMUM);
   for (const auto& name : granted_candidates_) {
-    if (!name.ends_with(':') && nbd_can_meta_context(nbd_, name.c_str()) == 1)
-      facts_.contexts.push_back(name);
+    if (!name.ends_with(':') && nbd_can_meta_context(nbd_, name.c_str()) == 1) facts_.contexts.push_back(name);
   }
 }
 
@@ -226,11 +220,9 @@ void NbdConnection::ThrowTimeout() const {
   const int socket = nbd_aio_get_fd(nbd_);
   sockaddr_storage peer;
   socklen_t length = sizeof peer;
-  const bool is_connected =
-      socket >= 0 && getpeername(socket, reinterpret_cast<sockaddr*>(&peer), &length) == 0;
+  const bool is_connected = socket >= 0 && getpeername(socket, reinterpret_cast<sockaddr*>(&peer), &length) == 0;
   if (is_connected) {
-    throw Failure("NBD_STALLED", "connect", "the server accepted the connection and did not answer in time",
-                  ETIMEDOUT);
+    throw Failure("NBD_STALLED", "connect", "the server accepted the connection and did not answer in time", ETIMEDOUT);
   }
   throw Failure("NBD_CONNECT", "connect", "no connection within the deadline", ETIMEDOUT);
 }
@@ -240,8 +232,7 @@ void NbdConnection::PollUntil(Predicate is_reached, Wake& wake, int64_t deadline
   while (!is_reached()) {
     if (wake.stopped()) throw Cancelled("connect");
     if (is_dead()) {
-      throw Failure("NBD_CONNECT", "connect", "the server closed the connection during the handshake",
-                    ECONNRESET);
+      throw Failure("NBD_CONNECT", "connect", "the server closed the connection during the handshake", ECONNRESET);
     }
     const int64_t left = deadline_ms - NowMs();
     if (left <= 0) ThrowTimeout();
@@ -339,8 +330,7 @@ void NbdConnection::Cache(uint64_t length, uint64_t offset, NbdOp* op) {
 
 void NbdConnection::Flush(NbdOp* op) { Issued(nbd_aio_flush(nbd_, Completion(op), 0), "flush"); }
 
-void NbdConnection::BlockStatus(uint64_t length, uint64_t offset, std::shared_ptr<StatusMap> into,
-                                NbdOp* op) {
+void NbdConnection::BlockStatus(uint64_t length, uint64_t offset, std::shared_ptr<StatusMap> into, NbdOp* op) {
   using Target = std::shared_ptr<StatusMap>;
   nbd_extent_callback extent{};
   extent.callback = [](void* data, const char* context, uint64_t, uint32_t* entries, size_t count, int*) {

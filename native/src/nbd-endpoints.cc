@@ -16,8 +16,7 @@ constexpr uint64_t kLargestRequest = 32u << 20;
 constexpr int kSendBufferBytes = 1 << 20;
 
 uint64_t LargestRequest(const ExportFacts& facts) {
-  const uint64_t most =
-      facts.maximum_block == 0 ? kLargestRequest : std::min(facts.maximum_block, kLargestRequest);
+  const uint64_t most = facts.maximum_block == 0 ? kLargestRequest : std::min(facts.maximum_block, kLargestRequest);
   const uint64_t block = std::max<uint64_t>(facts.minimum_block, 1);
   return std::max(most - most % block, block);
 }
@@ -25,13 +24,12 @@ uint64_t LargestRequest(const ExportFacts& facts) {
 void CheckExport(const char* role, const ExportFacts& facts, const DiskShape& shape) {
   if (facts.size < shape.disk_bytes) {
     throw Failure("NBD_REQUEST", "open",
-                  std::string("the ") + role + " offers " + std::to_string(facts.size) +
-                      " bytes, fewer than the " + std::to_string(shape.disk_bytes) + " of the disk",
+                  std::string("the ") + role + " offers " + std::to_string(facts.size) + " bytes, fewer than the " +
+                      std::to_string(shape.disk_bytes) + " of the disk",
                   ENOSPC);
   }
   if (facts.minimum_block > kBlockSlack) {
-    throw Failure("NBD_REQUEST", "open", std::string("the ") + role + " wants blocks of more than 64 KiB",
-                  EINVAL);
+    throw Failure("NBD_REQUEST", "open", std::string("the ") + role + " wants blocks of more than 64 KiB", EINVAL);
   }
 }
 
@@ -56,8 +54,7 @@ void NbdSource::Read(const Task& task, RequestBuffer& buffer, Io& io) {
   io.Begin("pread");
   const uint64_t before = task.offset % block_;
   const uint64_t start = task.offset - before;
-  const uint64_t end =
-      std::min(connection_->facts().size, (task.offset + task.length + block_ - 1) / block_ * block_);
+  const uint64_t end = std::min(connection_->facts().size, (task.offset + task.length + block_ - 1) / block_ * block_);
   uint8_t* into = buffer.data() - before;
   for (uint64_t at = start; at < end; at += most_) {
     connection_->Read(into + (at - start), std::min(most_, end - at), at, io.AddPart(at));

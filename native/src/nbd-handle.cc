@@ -11,9 +11,7 @@ namespace holdfast {
 namespace {
 constexpr int kGoodbyeMs = 500;
 
-Failure Closed(const std::string& op) {
-  return Failure("NBD_CLOSED", op, op + ": the handle is closed", EBADF);
-}
+Failure Closed(const std::string& op) { return Failure("NBD_CLOSED", op, op + ": the handle is closed", EBADF); }
 }  // namespace
 
 const char* HandleRequest::name() const {
@@ -194,10 +192,9 @@ void NbdHandleCore::SettleDone() {
     if (request->error == 0) {
       request->settle(*request, nullptr);
     } else {
-      const Failure failure(
-          "NBD_REQUEST", request->name(),
-          std::string(request->name()) + ": the server answered: " + ErrorText(request->error),
-          request->error, static_cast<double>(request->offset));
+      const Failure failure("NBD_REQUEST", request->name(),
+                            std::string(request->name()) + ": the server answered: " + ErrorText(request->error),
+                            request->error, static_cast<double>(request->offset));
       request->settle(*request, &failure);
     }
     return true;
@@ -212,10 +209,10 @@ int64_t NbdHandleCore::NextDeadline() const {
 void NbdHandleCore::CheckDeadlines() {
   if (under_way_.empty() || NowMs() < under_way_.front()->deadline_ms) return;
   const HandleRequest& late = *under_way_.front();
-  throw Failure("NBD_STALLED", late.name(),
-                std::string(late.name()) + ": the server did not answer within " +
-                    std::to_string(request_timeout_ms_) + " ms",
-                ETIMEDOUT, static_cast<double>(late.offset));
+  throw Failure(
+      "NBD_STALLED", late.name(),
+      std::string(late.name()) + ": the server did not answer within " + std::to_string(request_timeout_ms_) + " ms",
+      ETIMEDOUT, static_cast<double>(late.offset));
 }
 
 void NbdHandleCore::End(const Failure& failure) {

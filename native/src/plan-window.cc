@@ -60,8 +60,7 @@ std::string PlanWindow::Check(const WindowSpec& spec, const DiskShape& shape) {
     clusters += count;
     if (row[2] == 0) read_clusters += count;
   }
-  if (spec.emits_entries && clusters > kMaxEntries)
-    return "a window with entries may have at most 4194304 clusters";
+  if (spec.emits_entries && clusters > kMaxEntries) return "a window with entries may have at most 4194304 clusters";
   const uint64_t stride = 1 + HashBytes(shape.hash);
   if (spec.expect_policy != ExpectPolicy::kNone && spec.expect.size() != read_clusters * stride) {
     return "expect must hold one kind byte and one hash for each cluster of the copy rows";
@@ -72,10 +71,7 @@ std::string PlanWindow::Check(const WindowSpec& spec, const DiskShape& shape) {
 }
 
 PlanWindow::PlanWindow(WindowSpec spec, const DiskShape& shape, Settle settle)
-    : spec_(std::move(spec)),
-      shape_(shape),
-      settle_(std::move(settle)),
-      entry_bytes_(8 + HashBytes(shape.hash)) {
+    : spec_(std::move(spec)), shape_(shape), settle_(std::move(settle)), entry_bytes_(8 + HashBytes(shape.hash)) {
   if (!spec_.emits_entries) return;
   uint64_t clusters = 0;
   for (size_t i = 0; i < spec_.rows.size() / kRowNumbers; i++) clusters += ClustersOf(RowAt(i).length);
@@ -84,8 +80,8 @@ PlanWindow::PlanWindow(WindowSpec spec, const DiskShape& shape, Settle settle)
 
 PlanWindow::Row PlanWindow::RowAt(size_t index) const {
   const double* row = &spec_.rows[index * kRowNumbers];
-  return {static_cast<uint64_t>(row[0]), static_cast<uint64_t>(row[1]), row[2] != 0,
-          static_cast<size_t>(row[3]), static_cast<uint64_t>(row[4])};
+  return {static_cast<uint64_t>(row[0]), static_cast<uint64_t>(row[1]), row[2] != 0, static_cast<size_t>(row[3]),
+          static_cast<uint64_t>(row[4])};
 }
 
 uint64_t PlanWindow::next_read_bytes() const {
@@ -105,8 +101,7 @@ bool PlanWindow::Next(Task* task) {
   task->first_entry = next_entry_;
   task->first_expect = next_expect_;
   // Requests end at multiples of their size, so that a long run is asked in equal, aligned pieces.
-  const uint64_t limit =
-      first.is_zero ? kZeroTaskBytes : shape_.request_bytes - task->offset % shape_.request_bytes;
+  const uint64_t limit = first.is_zero ? kZeroTaskBytes : shape_.request_bytes - task->offset % shape_.request_bytes;
   while (!is_cut() && task->length < limit) {
     const Row row = RowAt(row_);
     const bool continues =

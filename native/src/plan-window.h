@@ -91,9 +91,7 @@ class PlanWindow {
     uint64_t file_offset;
   };
   Row RowAt(size_t index) const;
-  uint64_t ClustersOf(uint64_t bytes) const {
-    return (bytes + shape_.cluster_bytes - 1) / shape_.cluster_bytes;
-  }
+  uint64_t ClustersOf(uint64_t bytes) const { return (bytes + shape_.cluster_bytes - 1) / shape_.cluster_bytes; }
 
   WindowSpec spec_;
   const DiskShape shape_;

@@ -32,8 +32,7 @@ void ResolveHost(const std::string& host, Wake& wake, int64_t deadline_ms) {
     if (wake.stopped()) throw Cancelled("connect");
     const int64_t left = deadline_ms - NowMs();
     if (left <= 0) {
-      throw Failure("NBD_CONNECT", "connect", "the host name was not resolved within the deadline",
-                    ETIMEDOUT);
+      throw Failure("NBD_CONNECT", "connect", "the host name was not resolved within the deadline", ETIMEDOUT);
     }
     pollfd fds[2] = {{lookup->done.fd(), POLLIN, 0}, {wake.fd(), POLLIN, 0}};
     poll(fds, 2, static_cast<int>(std::min<int64_t>(left, 1000)));
@@ -41,8 +40,7 @@ void ResolveHost(const std::string& host, Wake& wake, int64_t deadline_ms) {
   }
   const int result = lookup->result;
   if (result != 0) {
-    throw Failure("NBD_CONNECT", "connect",
-                  std::string("the host name cannot be resolved: ") + gai_strerror(result),
+    throw Failure("NBD_CONNECT", "connect", std::string("the host name cannot be resolved: ") + gai_strerror(result),
                   result == EAI_SYSTEM ? EIO : EHOSTUNREACH);
   }
 }

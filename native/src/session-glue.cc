@@ -55,8 +55,7 @@ WindowSpec WindowSpecFrom(const Napi::Object& object) {
   if (policy == "verify") spec.expect_policy = ExpectPolicy::kVerify;
   if (policy == "compare") spec.expect_policy = ExpectPolicy::kCompare;
   auto expect = object.Get("expect").As<Napi::Buffer<uint8_t>>();
-  if (spec.expect_policy != ExpectPolicy::kNone)
-    spec.expect.assign(expect.Data(), expect.Data() + expect.Length());
+  if (spec.expect_policy != ExpectPolicy::kNone) spec.expect.assign(expect.Data(), expect.Data() + expect.Length());
   spec.collects_mismatches = BoolField(object, "collectMismatches");
   return spec;
 }
@@ -85,15 +84,14 @@ Napi::Object WindowResultObject(Napi::Env env, FinishedWindow& window) {
 class CopySessionObject : public Napi::ObjectWrap<CopySessionObject> {
  public:
   static Napi::Function Define(Napi::Env env) {
-    return DefineClass(env, "RawCopySession",
-                       {InstanceMethod<&CopySessionObject::Open>("open"),
-                        InstanceMethod<&CopySessionObject::Submit>("submit"),
-                        InstanceMethod<&CopySessionObject::BlockStatus>("blockStatus"),
-                        InstanceMethod<&CopySessionObject::Progress>("progress"),
-                        InstanceMethod<&CopySessionObject::SetRateLimit>("setRateLimit"),
-                        InstanceMethod<&CopySessionObject::Flush>("flush"),
-                        InstanceMethod<&CopySessionObject::Cancel>("cancel"),
-                        InstanceMethod<&CopySessionObject::Close>("close")});
+    return DefineClass(
+        env, "RawCopySession",
+        {InstanceMethod<&CopySessionObject::Open>("open"), InstanceMethod<&CopySessionObject::Submit>("submit"),
+         InstanceMethod<&CopySessionObject::BlockStatus>("blockStatus"),
+         InstanceMethod<&CopySessionObject::Progress>("progress"),
+         InstanceMethod<&CopySessionObject::SetRateLimit>("setRateLimit"),
+         InstanceMethod<&CopySessionObject::Flush>("flush"), InstanceMethod<&CopySessionObject::Cancel>("cancel"),
+         InstanceMethod<&CopySessionObject::Close>("close")});
   }
 
   explicit CopySessionObject(const Napi::CallbackInfo& info) : ObjectWrap(info) {
@@ -134,8 +132,7 @@ class CopySessionObject : public Napi::ObjectWrap<CopySessionObject> {
     Shared settler = Promise(info.Env());
     session_->Submit(std::move(spec), [settler](PlanWindow& window, const Failure* failure) {
       if (failure != nullptr) return settler->Reject(*failure);
-      auto finished =
-          std::make_shared<FinishedWindow>(FinishedWindow{window.outcome(), window.TakeEntries()});
+      auto finished = std::make_shared<FinishedWindow>(FinishedWindow{window.outcome(), window.TakeEntries()});
       settler->Resolve([finished](Napi::Env env) { return WindowResultObject(env, *finished); });
     });
     return settler->promise();
