@@ -3,7 +3,7 @@ import { constants } from 'node:fs';
 import { AppError } from '../src/lib/errors.js';
 import type { DiskId, LayerId, PointId, RunId, VmId } from '../src/lib/id.js';
 import { SECTOR_BYTES, alignUp } from '../src/lib/units.js';
-import { toStorageError } from './backend.js';
+import { TEMPORARY_PREFIX, toStorageError } from './backend.js';
 import { headerProblem } from './chain.js';
 import type { RepositoryContext } from './context.js';
 import {
@@ -15,6 +15,7 @@ import {
   partialLayerName,
   partialSumsName,
   sumsName,
+  vmDirectory,
 } from './layout.js';
 import type { Lease } from './lease.js';
 import { requireWritable } from './marker.js';
@@ -176,10 +177,23 @@ export async function discardRun(context: RepositoryContext, vmId: VmId, runId: 
   return removePartials(context, vmId, (owner) => owner === runId);
 }
 
-/** Removes every partial file of the VM: the holder of its lease is its only writer, and has not begun. */
+/** Removes every partial and temporary file of the VM: the holder of its lease is its only writer, and has not begun. */
 export async function discardAbandoned(context: RepositoryContext, lease: Lease): Promise<string[]> {
   await lease.verify();
-  return removePartials(context, lease.vmId as VmId, () => true);
+  const vmId = lease.vmId as VmId;
+  const partials = await removePartials(context, vmId, () => true);
+  return [...partials, ...(await removeTemporaries(context, vmDirectory(vmId)))];
+}
+
+/** What a writer that died had not renamed into place yet, anywhere in the VM's folder. */
+async function removeTemporaries(context: RepositoryContext, directory: string): Promise<string[]> {
+  const removed: string[] = [];
+  for (const { name, kind } of (await context.backend.list(directory)) ?? []) {
+    const file = `${directory}/${name}`;
+    if (kind === 'directory') removed.push(...(await removeTemporaries(context, file)));
+    else if (name.startsWith(TEMPORARY_PREFIX) && (await context.backend.remove(file))) removed.push(file);
+  }
+  return removed;
 }
 
 async function removePartials(

@@ -25,7 +25,6 @@ describe('kill -9 of the daemon', { timeout: 60_000 }, () => {
   let rig: Rig;
   let disk: string;
   let setup: Setup;
-  let first: RunView;
   let truths: Record<string, string>;
 
   beforeAll(async () => {
@@ -37,20 +36,32 @@ describe('kill -9 of the daemon', { timeout: 60_000 }, () => {
       root: rig.lab.file('repository'),
       disks: [{ name: 'vda', source: imageDisk(disk) }],
     });
-    first = await backUp(rig.daemon, setup);
+    await backUp(rig.daemon, setup);
   });
   afterAll(() => stopRig(rig));
 
-  const restoreTo = (path: string, format: string): Promise<RunView> =>
+  const restoreTo = (
+    path: string,
+    { pointId, diskId }: { pointId: string | null; diskId: string | undefined },
+  ): Promise<RunView> =>
     rig.daemon.expect<RunView>(202, 'POST', '/restore/images', {
-      pointId: first.pointId,
-      disks: [{ diskId: setup.vm.disks[0]?.id, target: { kind: 'file', path, format } }],
+      pointId,
+      disks: [{ diskId, target: { kind: 'file', path, format: 'qcow2' } }],
     });
 
   it('during a restore leaves no file, and the same restore works after', async () => {
     const target = rig.lab.file('restored', 'disk.qcow2');
     await mkdir(rig.lab.file('restored'));
-    const run = await restoreTo(target, 'qcow2');
+    // Large enough to be met on its way.
+    const large = rig.lab.file('large.raw');
+    await makeRaw({ path: large, sizeBytes: 128 * MIB, regions: [{ offset: 0, length: 128 * MIB }] });
+    const other = await setUp(rig.daemon, {
+      root: rig.lab.file('repository-large'),
+      vmName: 'large',
+      disks: [{ name: 'vda', source: imageDisk(large) }],
+    });
+    const point = { pointId: (await backUp(rig.daemon, other)).pointId, diskId: other.vm.disks[0]?.id };
+    const run = await restoreTo(target, point);
     const writer = await waitForChild(rig, 'qemu-nbd', rig.lab.file('restored'));
     process.kill(writer, 'SIGSTOP');
     await waitForStage(rig, run.id, 'transfer');
@@ -60,8 +71,8 @@ describe('kill -9 of the daemon', { timeout: 60_000 }, () => {
     expect([ended.state, ended.error?.code]).toEqual(['interrupted', 'INTERRUPTED']);
     expect(await findLeftovers(rig.lab.file('restored'))).toEqual([]);
     expect(await exists(target)).toBe(false);
-    await expectReadsBack(rig, first.pointId, truths);
-    const again = await rig.daemon.waitForRun((await restoreTo(target, 'qcow2')).id);
+    await expectReadsBack(rig, point.pointId, { vda: large });
+    const again = await rig.daemon.waitForRun((await restoreTo(target, point)).id);
     expect(again.state).toBe('completed');
     await rm(target);
   });

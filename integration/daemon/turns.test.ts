@@ -1,9 +1,9 @@
-import { mkdir } from 'node:fs/promises';
 import { expect, it } from 'vitest';
 import type { RunView } from '../../src/engine/types.js';
+import { pollUntil } from '../../src/lib/deadline.js';
 import { MIB } from '../../src/lib/units.js';
 import { exportRaw, firstDifference, makeRaw } from '../lab/disk-image.js';
-import { waitForChild } from './crash.js';
+import { startNbdkit } from '../lab/nbd-server.js';
 import { backUp, setUp, startBackup } from './daemon.js';
 import { expectReadsBack, imageDisk, startRig, stopRig, waitUntilCopying } from './rig.js';
 
@@ -35,20 +35,24 @@ it('what only reads waits neither for a backup of the same machine nor for anoth
     expect.objectContaining({ code: 'RUN_ACTIVE', details: { runId: backup.id } }),
   ]);
 
-  const slow = rig.lab.file('slow', 'disk.qcow2');
-  await mkdir(rig.lab.file('slow'));
+  await using slow = await startNbdkit({
+    socketPath: rig.lab.file('slow.sock'),
+    plugin: ['memory', `size=${DISK_BYTES}`],
+    filters: ['rate'],
+    parameters: [`rate=${8 * SLOW * 2}`],
+  });
   const restore = await rig.daemon.expect<RunView>(202, 'POST', '/restore/images', {
     pointId: first.pointId,
-    disks: [{ diskId: setup.vm.disks[0]?.id, target: { kind: 'file', path: slow, format: 'qcow2' } }],
+    disks: [{ diskId: setup.vm.disks[0]?.id, target: { kind: 'nbd', uri: slow.uri } }],
   });
-  const writer = await waitForChild(rig, 'qemu-nbd', rig.lab.file('slow'));
-  process.kill(writer, 'SIGSTOP');
+  await pollUntil(async () => ((await stateOf(restore)) === 'running' ? true : undefined), {
+    timeoutMs: 5000,
+    what: 'the restore running',
+  });
   await expectReadsBack(rig, first.pointId, truths);
   expect([await stateOf(backup), await stateOf(restore)]).toEqual(['running', 'running']);
-  process.kill(writer, 'SIGCONT');
   expect((await rig.daemon.waitForRun(restore.id)).state).toBe('completed');
-  expect(await stateOf(backup)).toBe('running');
-  await exportRaw(slow, 'qcow2', rig.lab.file('slow.raw'));
+  await exportRaw(slow.uri, 'raw', rig.lab.file('slow.raw'));
   expect(await firstDifference(rig.lab.file('slow.raw'), disk)).toBeNull();
   expect((await rig.daemon.waitForRun(backup.id)).state).toBe('completed');
   await expectReadsBack(rig, backup.pointId, truths);

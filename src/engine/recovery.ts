@@ -1,7 +1,8 @@
+import type { Lease, Repository } from '../../repository/index.js';
 import type { RunRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
-import type { RunId } from '../lib/id.js';
+import type { PointId, RunId, VmId } from '../lib/id.js';
 import type { EngineContext } from './context.js';
 import type { ActiveRuns } from './execute-run.js';
 import { removeRestoreLeftovers, type RestoreRunRequest } from './restore.js';
@@ -114,8 +115,9 @@ async function recoverBackup(context: EngineContext, row: RunRow): Promise<RunRe
   const { repositoryId, vmId, pointId } = row;
   if (repositoryId === null || vmId === null || pointId === null) return null;
   const repository = await context.repositories.open(repositoryId);
-  await using lease = await repository.acquireVmLease(vmId, { runId: row.id, purpose: 'recovery' });
-  await lease.verify();
+  await using lease = await takeLease(repository, vmId, row.id);
+  // The VM is recorded before anything of it is written.
+  if (lease === null) return null;
   try {
     const rows = toIndexRows(await repository.readPoint(vmId, pointId));
     await context.db.points.insert(rows.point, rows.layers);
@@ -123,9 +125,26 @@ async function recoverBackup(context: EngineContext, row: RunRow): Promise<RunRe
   } catch (error) {
     if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
   }
-  const removed = await repository.discardRun(vmId, row.id);
-  if (removed.length > 0) context.logger.info({ runId: row.id, removed }, 'removed partial files of a run');
+  await discardFiles(context, { repository, lease, runId: row.id });
   return null;
+}
+
+/** Null when the repository does not know the VM. */
+async function takeLease(repository: Repository, vmId: VmId, runId: RunId): Promise<Lease | null> {
+  try {
+    return await repository.acquireVmLease(vmId, { runId, purpose: 'recovery' });
+  } catch (error) {
+    if (isErrorCode(error, 'NOT_FOUND')) return null;
+    throw error;
+  }
+}
+
+async function discardFiles(
+  context: EngineContext,
+  { repository, lease, runId }: { repository: Repository; lease: Lease; runId: RunId },
+): Promise<void> {
+  const removed = await repository.discardAbandoned(lease);
+  if (removed.length > 0) context.logger.info({ runId, removed }, 'removed unfinished files of a run');
 }
 
 /** The manifest went first: when it is gone, the delete is carried to its end here. */
@@ -133,15 +152,24 @@ async function recoverDelete(context: EngineContext, row: RunRow): Promise<RunRe
   const { repositoryId, vmId, pointId } = row;
   if (repositoryId === null || vmId === null || pointId === null) return null;
   const repository = await context.repositories.open(repositoryId);
-  try {
-    await repository.readPoint(vmId, pointId);
+  if (!(await isDeleted(repository, vmId, pointId))) {
+    await using lease = await takeLease(repository, vmId, row.id);
+    if (lease !== null) await discardFiles(context, { repository, lease, runId: row.id });
     return null;
-  } catch (error) {
-    if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
   }
   await context.db.points.remove(pointId);
   await repository.sweep();
   return { kind: 'delete', freedBytes: 0 };
+}
+
+async function isDeleted(repository: Repository, vmId: VmId, pointId: PointId): Promise<boolean> {
+  try {
+    await repository.readPoint(vmId, pointId);
+    return false;
+  } catch (error) {
+    if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
+    return true;
+  }
 }
 
 async function endAs(
