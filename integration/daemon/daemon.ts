@@ -57,7 +57,17 @@ export async function startDaemon(options: { directory: string; settings?: Setti
     runtimeDirectory: path.join(options.directory, 'run'),
   });
   await writeFile(file, JSON.stringify(settings));
-  const child = spawn(process.execPath, [path.join(ROOT, 'bin/holdfastd'), '--config', file], {
+  // A test run that dies takes its daemons along.
+  const argv = [
+    '--pdeathsig',
+    'KILL',
+    '--',
+    process.execPath,
+    path.join(ROOT, 'bin/holdfastd'),
+    '--config',
+    file,
+  ];
+  const child = spawn('setpriv', argv, {
     stdio: ['ignore', 'pipe', 'pipe'],
     env: { PATH: process.env['PATH'] ?? '' },
   });
