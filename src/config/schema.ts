@@ -120,7 +120,7 @@ const nbd = z.strictObject({
   connectTimeoutMs: milliseconds(10_000, 'Limit for connecting to an NBD server, handshake included.'),
   requestTimeoutMs: milliseconds(30_000, 'Limit for the answer to one NBD request outside a copy.'),
   stallTimeoutMs: milliseconds(60_000, 'A copy in which nothing completes for this long fails.'),
-  connections: count(4, 64, {
+  connections: count(2, 64, {
     comment: 'Connections to one export where the server allows several.',
     unit: 'connections',
   }),
@@ -130,10 +130,10 @@ const nbd = z.strictObject({
       .min(64 * KIB)
       .max(32 * MIB)
       .multipleOf(64 * KIB)
-      .default(256 * KIB),
+      .default(512 * KIB),
     { comment: 'Largest read or write of a copy; a multiple of 65536.', unit: 'bytes' },
   ),
-  requestsInFlight: count(16, 64, {
+  requestsInFlight: count(8, 64, {
     comment: 'Requests under way on each connection of a copy.',
     unit: 'requests',
   }),
