@@ -42,6 +42,8 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
   await db.migrate();
   const redis = await connectRedis(config, { logger, state, stack });
   const queue = stack.use(await openRunQueue(redis, logger));
+  // Nobody else uses a managed Redis: without the locks of a killed daemon its runs start again at once.
+  if (config.redis.kind === 'managed') await queue.clear();
   // Everybody on one database is one appliance, and owns the same repositories.
   const applianceId = (await db.settings.getOrCreate('appliance-id', newId<ApplianceId>())) as ApplianceId;
   const context: EngineContext = {

@@ -99,6 +99,38 @@ describe('the queue of runs', () => {
     await until('the run again', () => executed.length === 2);
   });
 
+  it('delivers a run at once whose job a lost worker still holds, after the queue was cleared', async () => {
+    const one = run();
+    await queue.add(one);
+    let isHeld = false;
+    const lost = startRunWorkers({
+      connection: connection(),
+      concurrency: 1,
+      logger: silentLogger(),
+      execute: async (_runId, signal) => {
+        isHeld = true;
+        await new Promise((resolve) => {
+          signal.addEventListener('abort', resolve);
+        });
+        return 'done';
+      },
+    });
+    workers.push(lost);
+    await until('the lost worker', () => isHeld);
+    await queue.add(one);
+    expect(await jobKeys()).toHaveLength(1);
+    await queue.clear();
+    expect(await jobKeys()).toHaveLength(0);
+    await queue.add(one);
+    const executed: string[] = [];
+    work(async (runId) => {
+      executed.push(runId);
+      return 'done';
+    });
+    await until('the run', () => executed.length === 1, 5000);
+    expect(executed).toEqual([one.runId]);
+  });
+
   it('holds a retry back for its delay', async () => {
     const startMs = performance.now();
     await queue.add(run(2), { delayMs: 700 });

@@ -17,6 +17,8 @@ export interface DaemonPlace {
   /** Sockets; a short path. */
   runtimeDirectory: string;
   port: number;
+  /** Default true: the daemon outlives this process. Else it is stopped when this process ends, however it ends. */
+  isDetached?: boolean;
 }
 
 export interface RunningDaemon {
@@ -69,8 +71,7 @@ export async function stopDaemon(stateDirectory: string): Promise<boolean> {
 }
 
 /**
- * Starts the compiled daemon on its embedded defaults, detached: it outlives this process. An earlier one on the
- * same state directory is stopped first.
+ * Starts the compiled daemon on its embedded defaults. An earlier one on the same state directory is stopped first.
  */
 export async function startDaemon(place: DaemonPlace): Promise<RunningDaemon> {
   await stopDaemon(place.stateDirectory);
@@ -92,7 +93,7 @@ export async function startDaemon(place: DaemonPlace): Promise<RunningDaemon> {
     logFile,
     configFile,
   };
-  const child = await spawnDaemon(configFile, logFile);
+  const child = await spawnDaemon({ configFile, logFile, isDetached: place.isDetached ?? true });
   try {
     await waitUntilReady(daemon, child);
   } catch (error) {
@@ -105,12 +106,20 @@ export async function startDaemon(place: DaemonPlace): Promise<RunningDaemon> {
 
 type Child = ReturnType<typeof spawn>;
 
-async function spawnDaemon(configFile: string, logFile: string): Promise<Child> {
-  const log = await open(logFile, 'a', 0o600);
+async function spawnDaemon(options: {
+  configFile: string;
+  logFile: string;
+  isDetached: boolean;
+}): Promise<Child> {
+  const log = await open(options.logFile, 'a', 0o600);
   try {
     const program = path.resolve(import.meta.dirname, '../../bin/holdfastd');
-    return spawn(process.execPath, [program, '--config', configFile], {
-      detached: true,
+    const argv = [process.execPath, program, '--config', options.configFile];
+    const [command = '', ...args] = options.isDetached
+      ? argv
+      : ['setpriv', '--pdeathsig', 'TERM', '--', ...argv];
+    return spawn(command, args, {
+      detached: options.isDetached,
       stdio: ['ignore', log.fd, log.fd],
       cwd: '/',
       // Only what any program has: settings of another Holdfast in this shell are not this one's.

@@ -11,6 +11,11 @@ export interface RunQueue extends AsyncDisposable {
    * a retry's back-off. Rejects with QUEUE_UNAVAILABLE when Redis does not answer within its deadline.
    */
   add(run: { runId: RunId; kind: RunKind; attempt: number }, options?: { delayMs?: number }): Promise<void>;
+  /**
+   * Drops every job, also those that a dead worker still holds the lock of, so that the rows can be put
+   * again at once. Only for whoever has the queue alone, before any worker takes jobs.
+   */
+  clear(): Promise<void>;
   ping(timeoutMs: number): Promise<void>;
 }
 

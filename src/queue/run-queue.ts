@@ -60,6 +60,9 @@ export async function openRunQueue(connection: QueueConnection, logger: Logger):
       const job = queue.add(kind, { runId, kind }, { jobId: `${runId}-${attempt}`, delay: delayMs });
       await withinDeadline(job, { timeoutMs, what: `adding run ${runId} to the queue` });
     },
+    async clear() {
+      await withinDeadline(queue.obliterate({ force: true }), { timeoutMs, what: 'clearing the queue' });
+    },
     ping,
     [Symbol.asyncDispose]: () => (closing ??= cleanup.run()),
   };

@@ -35,7 +35,7 @@ describe('recovery of runs without a heartbeat', () => {
     const nothing = (): Promise<never> => Promise.reject(new AppError('INTERNAL', 'not used here'));
     const context: EngineContext = {
       db,
-      queue: { add: nothing, ping: nothing, [Symbol.asyncDispose]: () => Promise.resolve() },
+      queue: { add: nothing, clear: nothing, ping: nothing, [Symbol.asyncDispose]: () => Promise.resolve() },
       repositories: { open: nothing, look: nothing },
       clock,
       logger,

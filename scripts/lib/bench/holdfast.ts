@@ -27,7 +27,7 @@ export class BenchDaemon {
       runtimeDirectory: await mkdtemp('/tmp/hf-bench-'),
     };
     try {
-      const daemon = await startDaemon({ ...place, port: await findFreePort() });
+      const daemon = await startDaemon({ ...place, port: await findFreePort(), isDetached: false });
       return new BenchDaemon(await openApi(daemon), place, daemon.pid);
     } catch (error) {
       await rm(place.runtimeDirectory, { recursive: true, force: true });

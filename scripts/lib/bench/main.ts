@@ -42,14 +42,19 @@ async function runBench(options: BenchOptions): Promise<void> {
   if (options.jsonFile !== undefined) await writeJson(options, outcome);
 }
 
-/** The daemon is detached, and outlives an interrupted bench unless it is stopped. */
+/** What is written here is memory: it must go also when somebody interrupts the run, or closes its output. */
 function endOnSignal(cleanup: CleanupStack): void {
-  for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+  const end = (exitCode: number): void => {
+    void cleanup.run().finally(() => process.exit(exitCode));
+  };
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
     process.once(signal, () => {
-      process.stderr.write('bench: interrupted, cleaning up\n');
-      void cleanup.run().finally(() => process.exit(130));
+      end(130);
     });
   }
+  process.stdout.once('error', () => {
+    end(1);
+  });
 }
 
 async function runCases(
