@@ -1,5 +1,6 @@
+import os from 'node:os';
 import { addon, type RawCopySession, type RawSessionOptions } from './addon.js';
-import { settled } from './errors.js';
+import { NbdError, settled } from './errors.js';
 import {
   HASH_BYTES,
   type BlockStatus,
@@ -24,6 +25,7 @@ const DEFAULT_IN_FLIGHT = 16;
 const MAX_IN_FLIGHT = 64;
 const MAX_CONNECTIONS = 16;
 const NO_EXPECT = Buffer.alloc(0);
+const ECANCELED = os.constants.errno.ECANCELED;
 
 /**
  * Opens source and sink, checks their sizes, and starts the threads. Rejects with NbdError; an abort of
@@ -34,7 +36,12 @@ export async function openCopySession(
   control: { signal?: AbortSignal | undefined } = {},
 ): Promise<CopySession> {
   const { signal } = control;
-  const raw = new addon.RawCopySession(toRawOptions(options));
+  const rawOptions = toRawOptions(options);
+  // Decided here: once the threads run, the first thing that fails would be the answer.
+  if (signal?.aborted === true) {
+    throw new NbdError({ code: 'CANCELLED', op: 'open', message: 'open: cancelled', errno: ECANCELED });
+  }
+  const raw = new addon.RawCopySession(rawOptions);
   const onAbort = (): void => {
     raw.cancel();
   };
@@ -43,9 +50,7 @@ export async function openCopySession(
   };
   signal?.addEventListener('abort', onAbort, { once: true });
   try {
-    const opening = raw.open();
-    if (signal?.aborted === true) raw.cancel();
-    const info = await settled(opening);
+    const info = await settled(raw.open());
     return new Session(raw, { info, stopListening });
   } catch (error) {
     stopListening();
