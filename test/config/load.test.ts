@@ -44,7 +44,7 @@ describe('loadConfig', () => {
         failStalledAfterMs: 300_000,
         progressIntervalMs: 2000,
       },
-      nbd: { connectTimeoutMs: 10_000, requestTimeoutMs: 30_000, stallTimeoutMs: 60_000, connections: 4 },
+      nbd: { connectTimeoutMs: 10_000, requestTimeoutMs: 30_000, stallTimeoutMs: 60_000, connections: 2 },
       api: { maxBodyBytes: 1_048_576 },
     });
     expect(Object.isFrozen(config)).toBe(true);
