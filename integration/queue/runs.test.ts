@@ -234,9 +234,10 @@ describe('stop', () => {
     const worker = work(async () => 'done');
     await queue.add(run());
     await redis.kill();
+    // A second for the runs, two to take leave of Redis, two for a busy machine.
     const startMs = performance.now();
     await worker.stop(1000).catch(() => undefined);
-    expect(performance.now() - startMs).toBeLessThan(3000);
+    expect(performance.now() - startMs).toBeLessThan(1000 + 2000 + 2000);
   });
 });
 

@@ -16,7 +16,7 @@ import {
 } from './queues.js';
 
 /** Redis answers at once, or is away. */
-const LEAVE_TIMEOUT_MS = 3000;
+const LEAVE_TIMEOUT_MS = 2000;
 
 export interface RunWorkersOptions {
   connection: QueueConnection;
