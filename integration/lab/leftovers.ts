@@ -87,3 +87,39 @@ async function findFiles(directory: string): Promise<string[]> {
     .filter((entry) => entry.isSocket() || entry.name.startsWith('.partial-') || entry.name.endsWith('.tmp'))
     .map((entry) => `${entry.isSocket() ? 'socket' : 'file'}: ${path.join(entry.parentPath, entry.name)}`);
 }
+
+/**
+ * What a backup left behind in a running QEMU: jobs, exports, filter nodes, and dirty bitmaps whose names `isOurs`
+ * matches. One readable line each. `qmp` runs a command in that QEMU.
+ */
+export async function findBlockLeftovers(
+  qmp: (command: string) => Promise<unknown>,
+  options: { isOurs?: RegExp } = {},
+): Promise<string[]> {
+  const ask = async (command: string): Promise<BlockFact[]> => (await qmp(command)) as BlockFact[];
+  const [jobs, exports, nodes] = [
+    await ask('query-jobs'),
+    await ask('query-block-exports'),
+    await ask('query-named-block-nodes'),
+  ];
+  const isOurs = options.isOurs ?? /./;
+  return [
+    ...jobs.map(({ id }) => `job ${id}`),
+    ...exports.map(({ id }) => `export ${id}`),
+    ...nodes
+      .filter(({ drv }) => drv === 'copy-before-write' || drv === 'snapshot-access')
+      .map((node) => `node ${node['node-name']} (${node.drv})`),
+    ...nodes.flatMap((node) =>
+      (node['dirty-bitmaps'] ?? [])
+        .filter(({ name }) => name !== undefined && isOurs.test(name))
+        .map(({ name }) => `bitmap ${node['node-name']}/${name}`),
+    ),
+  ];
+}
+
+interface BlockFact {
+  id?: string;
+  drv?: string;
+  'node-name'?: string;
+  'dirty-bitmaps'?: { name?: string }[];
+}

@@ -1,0 +1,131 @@
+import { once } from 'node:events';
+import { mkdir, mkdtemp, readFile, readdir, rename, rm, writeFile } from 'node:fs/promises';
+import net from 'node:net';
+import path from 'node:path';
+import { CleanupStack } from '../../src/lib/cleanup.js';
+import { runTool, startServer } from '../../src/lib/process.js';
+import { cachePath } from './cache.js';
+import type { LabDirectory } from './directory.js';
+import { startNamespace } from './namespace.js';
+import { pathExists, READY_TIMEOUT_MS } from './server.js';
+
+const TOOL_TIMEOUT_MS = 60_000;
+/** The server, and the one library of it that nothing else brings along. */
+const PACKAGES = ['openssh-server', 'libwrap0'];
+
+export interface LabSshd extends AsyncDisposable {
+  readonly port: number;
+  /** Lets in as root. */
+  readonly keyFile: string;
+  /** Names this server; `foreignHostsFile` names another one under its address. */
+  readonly knownHostsFile: string;
+  readonly foreignHostsFile: string;
+  /** Ends every session, and refuses new ones. */
+  kill(): Promise<void>;
+}
+
+/**
+ * A private sshd on 127.0.0.1 with keys of its own, in `<lab>/ssh`. Sessions run as root on this machine's files,
+ * with a /run of their own. The program comes from Debian's package, which is unpacked and not installed:
+ * installing it would start a service.
+ */
+export async function startSshd(lab: LabDirectory): Promise<LabSshd> {
+  await using undo = new CleanupStack();
+  const directory = lab.file('ssh');
+  const file = (name: string): string => path.join(directory, name);
+  undo.defer(() => rm(directory, { recursive: true, force: true }));
+  const unpacked = await unpackSshd();
+  const port = await freePort();
+  await mkdir(file('empty'), { recursive: true });
+  for (const name of ['host', 'foreign', 'user']) {
+    const args = ['-q', '-t', 'ed25519', '-N', '', '-C', name, '-f', file(name)];
+    await runTool('ssh-keygen', args, { timeoutMs: TOOL_TIMEOUT_MS });
+  }
+  for (const name of ['host', 'foreign']) {
+    const key = (await readFile(file(`${name}.pub`), 'utf8')).split(' ').slice(0, 2).join(' ');
+    await writeFile(file(`${name}.known`), `[127.0.0.1]:${port} ${key}\n`);
+  }
+  await writeFile(
+    file('passwd'),
+    `${await readFile('/etc/passwd', 'utf8')}sshd:x:64057:65534::/run/sshd:/bin/false\n`,
+  );
+  await writeFile(
+    file('sshd_config'),
+    [
+      `ListenAddress 127.0.0.1:${port}`,
+      `HostKey ${file('host')}`,
+      `AuthorizedKeysFile ${file('user.pub')}`,
+      ...['PidFile none', 'UsePAM no', 'StrictModes no', 'PasswordAuthentication no', ''],
+    ].join('\n'),
+  );
+  const namespace = undo.use(
+    await startNamespace([
+      { tmpfs: '/run' },
+      { bind: file('empty'), over: '/run/sshd' },
+      { bind: file('passwd'), over: '/etc/passwd' },
+    ]),
+  );
+  const libraries = path.join(unpacked, 'usr/lib/x86_64-linux-gnu');
+  const program = [`LD_LIBRARY_PATH=${libraries}`, path.join(unpacked, 'usr/sbin/sshd')];
+  const args = namespace.entering('env', [...program, '-D', '-e', '-f', file('sshd_config')]);
+  // It ends with the namespace, as its sessions do.
+  await startServer('nsenter', args, {
+    owner: 'lab',
+    readyTimeoutMs: READY_TIMEOUT_MS,
+    isReady: () => isSshd(port),
+  });
+  const steps = undo.move();
+  return {
+    port,
+    keyFile: file('user'),
+    knownHostsFile: file('host.known'),
+    foreignHostsFile: file('foreign.known'),
+    kill: async () => {
+      await namespace[Symbol.asyncDispose]();
+    },
+    [Symbol.asyncDispose]: () => steps.run(),
+  };
+}
+
+/** Answers the directory in the cache it is unpacked in. */
+async function unpackSshd(): Promise<string> {
+  const target = cachePath('openssh-server');
+  if (await pathExists(target)) return target;
+  await mkdir(cachePath(), { recursive: true });
+  const work = await mkdtemp(cachePath('sshd-'));
+  try {
+    await runTool('apt-get', ['download', '-qq', ...PACKAGES], {
+      timeoutMs: TOOL_TIMEOUT_MS,
+      cwd: work,
+    });
+    for (const name of (await readdir(work)).filter((it) => it.endsWith('.deb'))) {
+      await runTool('dpkg', ['-x', name, 'tree'], { timeoutMs: TOOL_TIMEOUT_MS, cwd: work });
+    }
+    await rename(path.join(work, 'tree'), target);
+  } finally {
+    await rm(work, { recursive: true, force: true });
+  }
+  return target;
+}
+
+async function freePort(): Promise<number> {
+  const server = net.createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address() as net.AddressInfo;
+  server.close();
+  await once(server, 'close');
+  return port;
+}
+
+async function isSshd(port: number): Promise<boolean> {
+  const socket = net.connect(port, '127.0.0.1');
+  try {
+    const [chunk] = (await once(socket, 'data')) as [Buffer];
+    return chunk.toString().startsWith('SSH-2');
+  } catch {
+    // Not listening yet: the caller's deadline decides.
+    return false;
+  } finally {
+    socket.destroy();
+  }
+}
