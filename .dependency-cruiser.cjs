@@ -2,7 +2,7 @@
  * The import rule of the project:
  *
  *   main → app → {api, queue, cli} → engine → {repository, source, target, db, nbd} → lib
- *   nbd → native;  repository → lib, nbd;  source, target → nbd
+ *   nbd → native;  repository → lib, nbd;  source, target → nbd, libvirt;  libvirt → lib
  *
  * A folder imports itself and what stands to its right, nothing else. Type-only imports count: a type
  * is as much a dependency on a folder's words as a call is. `config` is read by the entry points and
@@ -13,6 +13,7 @@ const FOLDERS = {
   native: 'native/lib/',
   nbd: 'src/nbd/',
   repository: 'repository/(?!rescue-main[.]ts)',
+  libvirt: 'src/libvirt/',
   source: 'src/source/',
   target: 'src/target/',
   db: 'src/db/',
@@ -34,8 +35,10 @@ const MAY_IMPORT = {
   native: [],
   nbd: ['native', ...LEAVES],
   repository: ['nbd', ...LEAVES],
-  source: ['nbd', ...LEAVES],
-  target: ['nbd', ...LEAVES],
+  // What both sides need of libvirt: virsh, domain XML.
+  libvirt: LEAVES,
+  source: ['nbd', 'libvirt', ...LEAVES],
+  target: ['nbd', 'libvirt', ...LEAVES],
   db: LEAVES,
   config: LEAVES,
   engine: CONTRACTS,
@@ -82,6 +85,7 @@ const LIBRARY_OWNERS = [
   ['log', 'pino', 'src/lib/log[.]ts$'],
   ['command-line', 'commander', 'src/(cli/|main[.]ts$)|^repository/rescue-main[.]ts$'],
   ['api-client', 'openapi-fetch', 'src/cli/'],
+  ['xml', '@xmldom/xmldom', 'src/libvirt/'],
 ];
 
 const libraryRules = LIBRARY_OWNERS.map(([name, library, owner]) => ({

@@ -1,5 +1,6 @@
 import type { ApplianceId, DiskId, LayerId, PointId, RunId, VmId } from '../src/lib/id.js';
 import type { CheckOptions, CheckReport } from './check-report.js';
+import type { ConfigFile } from './config-files.js';
 import type { Lease, LeaseHolder } from './lease.js';
 import type { SumsWriter } from './sums.js';
 import type {
@@ -84,6 +85,11 @@ export interface Repository {
    * CHAIN_BROKEN when a header names another parent, LAYER_NOT_FOUND when a file is missing.
    */
   openChain(point: PointManifest, diskId: DiskId): Promise<BackingChain>;
+  /**
+   * The configuration kept with a point, by name; none where the machine is only disks. The manifest has no
+   * digest of them: their content is to be judged like input. REPOSITORY_FORMAT for what is no such directory.
+   */
+  readConfigFiles(vmId: VmId, pointId: PointId): Promise<ConfigFile[]>;
 
   /**
    * One writer for each VM: the newest fencing token wins. A live lease of somebody else rejects with

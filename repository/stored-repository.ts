@@ -5,6 +5,7 @@ import { openChain } from './chain.js';
 import { checkRepository } from './check.js';
 import type { CheckOptions, CheckReport } from './check-report.js';
 import { commitPoint } from './commit.js';
+import { readConfigFiles, type ConfigFile } from './config-files.js';
 import type { RepositoryContext } from './context.js';
 import { deletePoint, dependents } from './delete.js';
 import { acquireLease, type Lease, type LeaseHolder } from './lease.js';
@@ -78,6 +79,10 @@ export class StoredRepository implements Repository {
 
   openChain(point: PointManifest, diskId: DiskId): Promise<BackingChain> {
     return openChain(this.#context, point, diskId);
+  }
+
+  readConfigFiles(vmId: VmId, pointId: PointId): Promise<ConfigFile[]> {
+    return readConfigFiles(this.#context, vmId, pointId);
   }
 
   async acquireVmLease(vmId: VmId, holder: LeaseHolder): Promise<Lease> {

@@ -1,3 +1,4 @@
+import type { Consistency } from '../src/lib/consistency.js';
 import type { HashAlgorithm } from '../src/nbd/index.js';
 import type { ApplianceId, DiskId, LayerId, PointId, RepositoryId, RunId, VmId } from '../src/lib/id.js';
 
@@ -72,7 +73,7 @@ export interface ManifestDisk extends VmDiskRecord {
   sumsSha256: string;
 }
 
-export type Consistency = 'application' | 'crash' | 'offline';
+export type { Consistency };
 
 /** `points/<point-id>.json`: written last, never changed. It exists = the point exists. */
 export interface PointManifest {

@@ -93,7 +93,7 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
 }
 
 function engineSettings(config: Config): EngineSettings {
-  return { runs: config.runs, nbd: config.nbd };
+  return { runs: config.runs, nbd: config.nbd, snapshot: config.snapshot };
 }
 
 async function connectRedis(

@@ -85,7 +85,7 @@ describe('a record of changes', () => {
     await addBitmap(image, `holdfast-${first.pointId ?? ''}`);
     const guest = await startStorageDaemon({ image, socketPath: rig.lab.file('inconsistent.sock') });
     await qemuIo({ path: guest.uri, format: 'raw', commands: ['write -P 1 1M 4k', 'flush'] });
-    await expectFailure(rig, setup, { code: 'SOURCE_REFUSED' });
+    await expectFailure(rig, setup, { code: 'SOURCE_BUSY' });
     await guest.kill();
     expect(await qemuImg(['info', '-f', 'qcow2', image])).toContain('in-use');
 

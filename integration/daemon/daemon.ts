@@ -6,7 +6,7 @@ import { fileURLToPath } from 'node:url';
 import { pollUntil, withDeadline } from '../../src/lib/deadline.js';
 import { AppError } from '../../src/lib/errors.js';
 import type { BackupView, RepositoryView, RunState, RunView, VmView } from '../../src/engine/types.js';
-import type { DiskSource } from '../../src/source/source.js';
+import type { ConsistencyWish, DiskSource } from '../../src/source/source.js';
 
 const ROOT = path.resolve(path.dirname(fileURLToPath(import.meta.url)), '../..');
 const READY_TIMEOUT_MS = 30_000;
@@ -190,6 +190,7 @@ export interface BackupOptions {
   type?: 'full' | 'incremental' | 'auto';
   bitmaps?: { diskId: string; name: string; sincePointId: string }[];
   bytesPerSecond?: number;
+  consistency?: ConsistencyWish;
   whenBusy?: 'refuse' | 'queue';
   expectState?: RunState;
 }
@@ -200,13 +201,14 @@ export async function startBackup(
   setup: Setup,
   options: BackupOptions = {},
 ): Promise<RunView> {
-  const { type = 'auto', bitmaps, bytesPerSecond, whenBusy } = options;
+  const { type = 'auto', bitmaps, bytesPerSecond, consistency, whenBusy } = options;
   return daemon.expect<RunView>(202, 'POST', '/backups', {
     vmId: setup.vm.id,
     repositoryId: setup.repository.id,
     type,
     ...(bitmaps === undefined ? {} : { bitmaps }),
     ...(bytesPerSecond === undefined ? {} : { bytesPerSecond }),
+    ...(consistency === undefined ? {} : { consistency }),
     ...(whenBusy === undefined ? {} : { whenBusy }),
   });
 }

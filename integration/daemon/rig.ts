@@ -27,9 +27,10 @@ export interface Rig {
   daemon: Daemon;
 }
 
-export async function startRig(settings: Settings = {}): Promise<Rig> {
+export async function startRig(settings: Settings | ((lab: LabDirectory) => Settings) = {}): Promise<Rig> {
   const lab = await makeLabDirectory();
-  return { lab, daemon: await startDaemon({ directory: lab.file('daemon'), settings }) };
+  const chosen = typeof settings === 'function' ? settings(lab) : settings;
+  return { lab, daemon: await startDaemon({ directory: lab.file('daemon'), settings: chosen }) };
 }
 
 /** Stops it; nothing of it may be left. */

@@ -19,6 +19,8 @@ export interface DaemonPlace {
   port: number;
   /** Default true: the daemon outlives this process. Else it is stopped when this process ends, however it ends. */
   isDetached?: boolean;
+  /** More of its configuration. */
+  settings?: Record<string, unknown>;
 }
 
 export interface RunningDaemon {
@@ -71,7 +73,7 @@ export async function stopDaemon(stateDirectory: string): Promise<boolean> {
 }
 
 /**
- * Starts the compiled daemon on its embedded defaults. An earlier one on the same state directory is stopped first.
+ * Starts the compiled daemon, on its embedded defaults where the settings say nothing. An earlier one on the same state directory is stopped first.
  */
 export async function startDaemon(place: DaemonPlace): Promise<RunningDaemon> {
   await stopDaemon(place.stateDirectory);
@@ -80,6 +82,7 @@ export async function startDaemon(place: DaemonPlace): Promise<RunningDaemon> {
   const configFile = path.join(place.stateDirectory, 'holdfast.yaml');
   // JSON is YAML.
   const settings = {
+    ...place.settings,
     stateDirectory: place.stateDirectory,
     runtimeDirectory: place.runtimeDirectory,
     listen: { host: '127.0.0.1', port: place.port },

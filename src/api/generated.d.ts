@@ -121,6 +121,63 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/vms/{id}/disks": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** List the disks of a virtual machine */
+        get: operations["listVmDisks"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/vms/{id}/release": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Remove the change records of this appliance from a machine
+         * @description Checkpoints and bitmaps of every repository of this appliance go; libvirt refuses to undefine a domain that has checkpoints. The next backup compares or is a full. Refused with RUN_ACTIVE while a run of the machine is active.
+         */
+        post: operations["releaseVm"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/vms/discover": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Ask a hypervisor for its machines and disks, and record them
+         * @description New machines and disks are added; known ones follow what they are now, whatever their name. Machines of the asked connection that are gone are marked.
+         */
+        post: operations["discoverVms"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/backups": {
         parameters: {
             query?: never;
@@ -136,6 +193,26 @@ export interface paths {
          * @description With type `auto` a run is incremental where that is provably right, else full. The reason is recorded for each disk.
          */
         post: operations["createBackup"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/backups/estimate": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Tell what a backup would do now
+         * @description How each disk would be captured and why, which disks would be left out, and how much would be read. Nothing is held or changed.
+         */
+        post: operations["estimateBackup"];
         delete?: never;
         options?: never;
         head?: never;
@@ -215,6 +292,26 @@ export interface paths {
          * @description Each block is compared with its hash. Mounted devices are never written.
          */
         post: operations["createRestore"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/restore/vms": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Restore a whole machine to libvirt
+         * @description The disks of the point are written, then the machine is defined. Only identity `replace` touches a machine or a disk that is there, and only one that is off.
+         */
+        post: operations["createMachineRestore"];
         delete?: never;
         options?: never;
         head?: never;
@@ -428,6 +525,12 @@ export interface components {
          * @example nbd+unix:///vda?socket=/run/nbd.sock
          */
         NbdUri: string;
+        /**
+         * @description Connection URI as virsh takes it.
+         * @example qemu:///system
+         * @example qemu+ssh://root@kvm-02.example.net/system
+         */
+        LibvirtUri: string;
         Bytes: number;
         /**
          * Format: date-time
@@ -440,7 +543,7 @@ export interface components {
          * @description The catalogue of errors; each is explained in docs/reference/errors.md.
          * @enum {string}
          */
-        ErrorCode: "INVALID_INPUT" | "CONFIG_INVALID" | "UNAUTHENTICATED" | "TOO_MANY_REQUESTS" | "HOST_REFUSED" | "METHOD_NOT_ALLOWED" | "BODY_TOO_LARGE" | "MEDIA_TYPE_UNSUPPORTED" | "NOT_FOUND" | "CONFLICT" | "IDEMPOTENCY_MISMATCH" | "RUN_ACTIVE" | "RUN_NOT_ACTIVE" | "INTERRUPTED" | "REPOSITORY_OFFLINE" | "REPOSITORY_FULL" | "REPOSITORY_READ_ONLY" | "REPOSITORY_LOCKED" | "REPOSITORY_FOREIGN" | "REPOSITORY_FORMAT" | "REPOSITORY_EXISTS" | "REPOSITORY_IO" | "LEASE_LOST" | "MANIFEST_UNREADABLE" | "LAYER_NOT_FOUND" | "LAYER_CORRUPT" | "CHAIN_BROKEN" | "PARENT_MISMATCH" | "POINT_NOT_FOUND" | "POINT_HAS_DEPENDENTS" | "POINT_IN_USE" | "SOURCE_UNREACHABLE" | "SOURCE_REFUSED" | "SOURCE_SIZE_MISMATCH" | "SOURCE_FORMAT" | "BITMAP_MISSING" | "BITMAP_INCONSISTENT" | "INCREMENTAL_IMPOSSIBLE" | "NBD_URI_INVALID" | "NBD_CONNECT" | "NBD_PROTOCOL" | "NBD_REQUEST" | "NBD_STALLED" | "NBD_CLOSED" | "TARGET_EXISTS" | "TARGET_TOO_SMALL" | "TARGET_IN_USE" | "TARGET_NOT_EMPTY" | "TARGET_FULL" | "TARGET_IO" | "TARGET_FORBIDDEN" | "QUEUE_UNAVAILABLE" | "DATABASE_UNAVAILABLE" | "TOOL_MISSING" | "TOOL_FAILED" | "TIMEOUT" | "CANCELLED" | "INTERNAL";
+        ErrorCode: "INVALID_INPUT" | "CONFIG_INVALID" | "UNAUTHENTICATED" | "TOO_MANY_REQUESTS" | "HOST_REFUSED" | "METHOD_NOT_ALLOWED" | "BODY_TOO_LARGE" | "MEDIA_TYPE_UNSUPPORTED" | "NOT_FOUND" | "CONFLICT" | "IDEMPOTENCY_MISMATCH" | "RUN_ACTIVE" | "RUN_NOT_ACTIVE" | "INTERRUPTED" | "REPOSITORY_OFFLINE" | "REPOSITORY_FULL" | "REPOSITORY_READ_ONLY" | "REPOSITORY_LOCKED" | "REPOSITORY_FOREIGN" | "REPOSITORY_FORMAT" | "REPOSITORY_EXISTS" | "REPOSITORY_IO" | "LEASE_LOST" | "MANIFEST_UNREADABLE" | "LAYER_NOT_FOUND" | "LAYER_CORRUPT" | "CHAIN_BROKEN" | "PARENT_MISMATCH" | "POINT_NOT_FOUND" | "POINT_HAS_DEPENDENTS" | "POINT_IN_USE" | "SOURCE_UNREACHABLE" | "SOURCE_REFUSED" | "SOURCE_SIZE_MISMATCH" | "SOURCE_FORMAT" | "SOURCE_BUSY" | "SNAPSHOT_LOST" | "SCRATCH_FULL" | "FREEZE_FAILED" | "BITMAP_MISSING" | "BITMAP_INCONSISTENT" | "INCREMENTAL_IMPOSSIBLE" | "NBD_URI_INVALID" | "NBD_CONNECT" | "NBD_PROTOCOL" | "NBD_REQUEST" | "NBD_STALLED" | "NBD_CLOSED" | "TARGET_EXISTS" | "TARGET_TOO_SMALL" | "TARGET_IN_USE" | "TARGET_NOT_EMPTY" | "TARGET_FULL" | "TARGET_IO" | "TARGET_FORBIDDEN" | "QUEUE_UNAVAILABLE" | "DATABASE_UNAVAILABLE" | "TOOL_MISSING" | "TOOL_FAILED" | "TIMEOUT" | "CANCELLED" | "INTERNAL";
         /**
          * @description RFC 9457 problem details.
          * @example {
@@ -576,6 +679,16 @@ export interface components {
             format: "raw" | "qcow2";
             changeTracking: components["schemas"]["ChangeTracking"];
         };
+        /** @description A disk of a discovered machine, read through the hypervisor together with its other disks. */
+        MachineDiskSource: {
+            /** @enum {string} */
+            kind: "libvirt" | "qemu";
+            /** @description libvirt: the target device. qemu: id or QOM path of the device. */
+            target: string;
+            serial: string | null;
+            changeTracking: components["schemas"]["ChangeTracking"];
+        };
+        /** @description What can be recorded by hand; sources of the other kinds are found by discovery. */
         DiskSource: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"];
         /**
          * @example {
@@ -603,7 +716,63 @@ export interface components {
             id: components["schemas"]["Id"];
             name: string;
             createdAt: components["schemas"]["Timestamp"];
+            /** @description Null where the disks stand for themselves. */
+            machine: components["schemas"]["Machine"] | null;
             disks: components["schemas"]["Disk"][];
+        };
+        LibvirtVmSource: {
+            /** @enum {string} */
+            kind: "libvirt";
+            uri: string;
+            uuid: string;
+        };
+        QemuVmSource: {
+            /** @enum {string} */
+            kind: "qemu";
+            socket: string;
+            agentSocket: string | null;
+        };
+        /** @description A machine as its hypervisor showed it last. */
+        Machine: {
+            source: components["schemas"]["LibvirtVmSource"] | components["schemas"]["QemuVmSource"];
+            /** @description False when the hypervisor does not know it any more. */
+            isPresent: boolean;
+            /** @enum {string} */
+            state: "running" | "paused" | "off" | "other";
+            seenAt: components["schemas"]["Timestamp"];
+            /** @description Checkpoints or bitmaps at the machine whose names are of Holdfast's form. */
+            changeRecords: components["schemas"]["MachineRecord"][];
+        };
+        MachineRecord: {
+            name: string;
+            /** @description The point its name says it counts from. */
+            pointId: string | null;
+            /** @description It is there but cannot be used. */
+            isBroken: boolean;
+        };
+        /** @description What discovery found out about a disk. */
+        DiskFacts: {
+            /** @description False when the machine does not have it any more. */
+            isPresent: boolean;
+            target: string;
+            serial: string | null;
+            /** @description As the hypervisor states it. */
+            format: string;
+            /** @description A path or URI without secrets. */
+            location: string;
+            /** @description Why it is left out of backups; null when it is not. */
+            skip: components["schemas"]["DiskSkip"] | null;
+            incremental: {
+                /** @description Whether the hypervisor can keep a record of changes. */
+                isPossible: boolean;
+                /** @description Why not. */
+                reason: string | null;
+            };
+        };
+        DiskSkip: {
+            /** @enum {string} */
+            code: "READ_ONLY" | "REMOVABLE" | "PASSTHROUGH" | "EMPTY" | "OPTED_OUT";
+            sentence: string;
         };
         Disk: {
             id: components["schemas"]["Id"];
@@ -613,11 +782,55 @@ export interface components {
             name: string;
             sizeBytes: components["schemas"]["Bytes"];
             /** @description Null for a disk that is known only from a repository. */
-            source: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"] | null;
+            source: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"] | components["schemas"]["MachineDiskSource"] | null;
+            /** @description Null for a disk that was recorded by hand. */
+            facts: components["schemas"]["DiskFacts"] | null;
+        };
+        DiskList: {
+            items: components["schemas"]["Disk"][];
+        };
+        VmList: {
+            items: components["schemas"]["Vm"][];
         };
         VmPage: {
             items: components["schemas"]["Vm"][];
             nextCursor: components["schemas"]["NextCursor"];
+        };
+        LibvirtDiscovery: {
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "libvirt";
+            uri: components["schemas"]["LibvirtUri"];
+            /** @description Only these domains; absent or empty for all of the connection. */
+            names?: components["schemas"]["Name"][];
+        };
+        QemuDiscovery: {
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "qemu";
+            /** @description QMP socket that nobody else uses. */
+            socket: components["schemas"]["AbsolutePath"];
+            /** @description Socket of the guest agent's channel; without it the guest is not frozen. */
+            agentSocket?: components["schemas"]["AbsolutePath"] | null;
+        };
+        /**
+         * @example {
+         *       "kind": "libvirt",
+         *       "uri": "qemu:///system",
+         *       "names": [
+         *         "web-01"
+         *       ]
+         *     }
+         */
+        DiscoverRequest: components["schemas"]["LibvirtDiscovery"] | components["schemas"]["QemuDiscovery"];
+        ReleasedRecords: {
+            removed: string[];
+            /** @description Not made by this appliance. */
+            kept: string[];
         };
         /** @enum {string} */
         BackupType: "full" | "incremental" | "auto";
@@ -626,6 +839,21 @@ export interface components {
             diskId: components["schemas"]["Id"];
             name: components["schemas"]["Name"];
             sincePointId: components["schemas"]["Id"];
+        };
+        /**
+         * @description Whether the guest's filesystems are frozen for the instant of the backup. require: the backup fails without. prefer: it goes on crash-consistent. never: the guest is not asked.
+         * @enum {string}
+         */
+        ConsistencyWish: "require" | "prefer" | "never";
+        /** @description Disks by id, name, target or serial. */
+        DiskChoice: {
+            /**
+             * @description Empty for all that discovery did not leave out. A disk named here is taken although the metadata of the machine opts it out.
+             * @default []
+             */
+            include: components["schemas"]["Name"][];
+            /** @default [] */
+            exclude: components["schemas"]["Name"][];
         };
         /**
          * @example {
@@ -649,12 +877,66 @@ export interface components {
              * @default 0
              */
             bytesPerSecond: number;
+            /** @default prefer */
+            consistency: components["schemas"]["ConsistencyWish"];
+            /**
+             * @default {
+             *       "include": [],
+             *       "exclude": []
+             *     }
+             */
+            disks: components["schemas"]["DiskChoice"];
             /**
              * @description What to do when another run of this machine and repository is active.
              * @default refuse
              * @enum {string}
              */
             whenBusy: "refuse" | "queue";
+        };
+        /**
+         * @example {
+         *       "vmId": "01JD5H2M8T3Q9V6W4X7Y0ZABCD",
+         *       "repositoryId": "01JD5H2M8T3Q9V6W4X7Y0ZABCE"
+         *     }
+         */
+        EstimateRequest: {
+            vmId: components["schemas"]["Id"];
+            repositoryId: components["schemas"]["Id"];
+            /**
+             * @default auto
+             * @enum {string}
+             */
+            type: "full" | "incremental" | "auto";
+            /** @default [] */
+            bitmaps: components["schemas"]["StatedBitmap"][];
+            /**
+             * @default {
+             *       "include": [],
+             *       "exclude": []
+             *     }
+             */
+            disks: components["schemas"]["DiskChoice"];
+        };
+        BackupEstimate: {
+            vmId: components["schemas"]["Id"];
+            repositoryId: components["schemas"]["Id"];
+            disks: components["schemas"]["DiskEstimate"][];
+            /** @description Null when it is not known of every disk. */
+            totalBytes: number | null;
+        };
+        DiskEstimate: {
+            diskId: components["schemas"]["Id"];
+            diskName: string;
+            sizeBytes: components["schemas"]["Bytes"];
+            /** @description Null for a disk that would be left out. */
+            method: components["schemas"]["CaptureMethod"] | null;
+            reason: {
+                /** @enum {string} */
+                code: "REQUESTED" | "FIRST_POINT" | "BITMAP" | "BITMAP_MISSING" | "BITMAP_INCONSISTENT" | "BITMAP_UNPROVEN" | "NO_CHANGE_RECORD" | "DISK_SHRANK" | "DISK_REPLACED" | "PARENT_DAMAGED" | "READ_ONLY" | "REMOVABLE" | "PASSTHROUGH" | "EMPTY" | "OPTED_OUT" | "EXCLUDED" | "NOT_INCLUDED" | "ABSENT";
+                sentence: string;
+            };
+            /** @description What would be read at the source; null where nobody can tell before. */
+            bytes: number | null;
         };
         /** @enum {string} */
         CaptureMethod: "full" | "bitmap" | "compare";
@@ -788,6 +1070,80 @@ export interface components {
              */
             acceptDamage: boolean;
         };
+        DirectoryPlace: {
+            /** @enum {string} */
+            kind: "directory";
+            path: components["schemas"]["AbsolutePath"];
+        };
+        PoolPlace: {
+            /** @enum {string} */
+            kind: "pool";
+            name: components["schemas"]["Name"];
+        };
+        /**
+         * @example {
+         *       "pointId": "01JD5H2M8T3Q9V6W4X7Y0ZABCD",
+         *       "name": "web-01-restored",
+         *       "place": {
+         *         "kind": "pool",
+         *         "name": "default"
+         *       }
+         *     }
+         */
+        MachineRestoreRequest: {
+            pointId: components["schemas"]["Id"];
+            /**
+             * @description A libvirt of the host of the daemon.
+             * @default qemu:///system
+             */
+            uri: components["schemas"]["LibvirtUri"];
+            /**
+             * @description Null keeps the name it had. Not with identity `replace`.
+             * @default null
+             */
+            name: components["schemas"]["Name"] | null;
+            /**
+             * @description new: beside the old machine, with new UUID and MAC addresses. same: it keeps both, and no domain with that UUID may be there. replace: in place of the domain with that UUID, which must be off.
+             * @default new
+             * @enum {string}
+             */
+            identity: "new" | "same" | "replace";
+            /**
+             * @description Where the disks go. Null only with identity `replace`, which leaves them where the domain has them.
+             * @default null
+             */
+            place: components["schemas"]["DirectoryPlace"] | components["schemas"]["PoolPlace"] | null;
+            /**
+             * @description Of the disks. Not used with identity `replace`, where they keep theirs.
+             * @default qcow2
+             * @enum {string}
+             */
+            format: "qcow2" | "raw";
+            /** @default false */
+            start: boolean;
+            /**
+             * @description Write what is there although hashes disagree; the damage is counted in the result.
+             * @default false
+             */
+            acceptDamage: boolean;
+        };
+        MachineTarget: {
+            /** @enum {string} */
+            kind: "libvirt";
+            uri: string;
+            name: string | null;
+            /** @enum {string} */
+            identity: "new" | "same" | "replace";
+            place: components["schemas"]["DirectoryPlace"] | components["schemas"]["PoolPlace"] | null;
+            /** @enum {string} */
+            format: "qcow2" | "raw";
+            start: boolean;
+        };
+        RestoredMachine: {
+            name: string;
+            uuid: string;
+            isStarted: boolean;
+        };
         /** @enum {string} */
         RunKind: "backup" | "restore" | "check" | "rescan" | "delete";
         /** @enum {string} */
@@ -822,6 +1178,8 @@ export interface components {
             type: components["schemas"]["BackupType"];
             bitmaps: components["schemas"]["StatedBitmap"][];
             bytesPerSecond: number;
+            consistency: components["schemas"]["ConsistencyWish"];
+            disks: components["schemas"]["DiskChoice"];
         };
         RestoreRunRequest: {
             /** @enum {string} */
@@ -829,6 +1187,8 @@ export interface components {
             disks: components["schemas"]["RestoreDisk"][];
             overwrite: boolean;
             acceptDamage: boolean;
+            /** @description The whole machine; the places of its disks are decided when the run starts. */
+            machine: components["schemas"]["MachineTarget"] | null;
         };
         CheckRunRequest: {
             /** @enum {string} */
@@ -854,6 +1214,7 @@ export interface components {
         RestoreRunResult: {
             /** @enum {string} */
             kind: "restore";
+            machine: components["schemas"]["RestoredMachine"] | null;
             disks: {
                 diskId: components["schemas"]["Id"];
                 target: components["schemas"]["TargetSpec"];
@@ -1257,6 +1618,83 @@ export interface operations {
             default: components["responses"]["Problem"];
         };
     };
+    listVmDisks: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["VmId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description All disks, those that are left out of backups too. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["DiskList"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    releaseVm: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path: {
+                id: components["parameters"]["VmId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The names of the records that were removed, and of those that are not of this appliance. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ReleasedRecords"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    discoverVms: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["DiscoverRequest"];
+            };
+        };
+        responses: {
+            /** @description The machines asked for, as they are now. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VmList"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
     listBackups: {
         parameters: {
             query?: {
@@ -1309,6 +1747,34 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Run"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    estimateBackup: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["EstimateRequest"];
+            };
+        };
+        responses: {
+            /** @description The estimate. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["BackupEstimate"];
                 };
             };
             default: components["responses"]["Problem"];
@@ -1449,6 +1915,35 @@ export interface operations {
         requestBody: {
             content: {
                 "application/json": components["schemas"]["RestoreRequest"];
+            };
+        };
+        responses: {
+            /** @description The restore was queued. */
+            202: {
+                headers: {
+                    Location: components["headers"]["Location"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Run"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    createMachineRestore: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["MachineRestoreRequest"];
             };
         };
         responses: {

@@ -44,7 +44,8 @@ export function parsePairs(text: string, keys: readonly string[], what: string):
   return pairs;
 }
 
-function oneOf<T extends string>(value: string, allowed: readonly T[], what: string): T {
+/** The value, which must be one of those allowed. */
+export function oneOf<T extends string>(value: string, allowed: readonly T[], what: string): T {
   const found = allowed.find((candidate) => candidate === value);
   if (found === undefined) {
     throw usageFailure(`${what} ${safeText(value)} is none of ${allowed.join(', ')}`);
@@ -148,7 +149,7 @@ function splitFormat(where: string): { file: string; format: string | null } {
   return match === null ? { file: where, format: null } : { file: match[1] ?? '', format: match[2] ?? '' };
 }
 
-/** `DISK=BITMAP@POINT` of `backup run --bitmap`. */
+/** `DISK=BITMAP@POINT` of `--bitmap`. */
 export function parseBitmap(text: string): { disk: string; name: string; sincePointId: string } {
   const split = text.indexOf('=');
   const at = text.lastIndexOf('@');

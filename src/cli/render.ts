@@ -13,7 +13,15 @@ export function formatTime(timestamp: string | null): string {
 
 export function formatSource(source: Schemas['Disk']['source']): string {
   if (source === null) return '(known only from a repository)';
-  return source.kind === 'nbd' ? source.uri : `${source.path} (${source.format})`;
+  switch (source.kind) {
+    case 'nbd':
+      return source.uri;
+    case 'image':
+      return `${source.path} (${source.format})`;
+    case 'libvirt':
+    case 'qemu':
+      return `${source.kind}: ${source.target}`;
+  }
 }
 
 function formatTarget(target: Schemas['TargetSpec']): string {
@@ -73,7 +81,7 @@ function formatResult({ result }: Run, nameOf: NameOf): string {
         { title: 'TARGET', value: (disk) => formatTarget(disk.target) },
         { title: 'WRITTEN', value: (disk) => formatBytes(disk.bytesWritten), align: 'right' },
         { title: 'DAMAGED', value: (disk) => formatBytes(disk.damagedBytes), align: 'right' },
-      ])}`;
+      ])}${formatMachine(result.machine)}`;
     case 'check':
       return formatReport(result.report);
     case 'rescan':
@@ -81,6 +89,12 @@ function formatResult({ result }: Run, nameOf: NameOf): string {
     case 'delete':
       return `\nFreed ${formatBytes(result.freedBytes)}.\n`;
   }
+}
+
+function formatMachine(machine: Schemas['RestoredMachine'] | null): string {
+  if (machine === null) return '';
+  const started = machine.isStarted ? 'started' : 'not started';
+  return `Restored as ${safeText(machine.name)} (${safeText(machine.uuid)}), ${started}.\n`;
 }
 
 function formatReport(report: Schemas['CheckReport']): string {

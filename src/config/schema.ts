@@ -1,5 +1,5 @@
 import { z } from 'zod';
-import { MIB, KIB } from '../lib/units.js';
+import { GIB, MIB, KIB } from '../lib/units.js';
 
 /** What `holdfast config show` tells about a setting beside its value. */
 export interface SettingMeta {
@@ -139,6 +139,42 @@ const nbd = z.strictObject({
   }),
 });
 
+const snapshot = z.strictObject({
+  scratchDirectory: setting(absolutePath.default('/var/tmp/holdfast'), {
+    comment:
+      'Where hypervisors of this host keep what running guests overwrite during a backup, and their sockets. Needs room.',
+  }),
+  scratchKeepFreePercent: setting(z.int().min(1).max(90).default(20), {
+    comment:
+      'A backup ends before less than this of the scratch filesystem is free; see scratchKeepFreeBytes.',
+    unit: 'percent',
+  }),
+  scratchKeepFreeBytes: setting(
+    z
+      .int()
+      .min(MIB)
+      .max(1024 * GIB)
+      .default(2 * GIB),
+    { comment: 'Of this and scratchKeepFreePercent the smaller one is kept free.', unit: 'bytes' },
+  ),
+  commandTimeoutMs: milliseconds(60_000, 'Limit for one command to a hypervisor.', 1000),
+  agentTimeoutMs: milliseconds(
+    5000,
+    'A guest agent that does not answer for this long counts as absent.',
+    100,
+  ),
+  freezeLimitMs: milliseconds(
+    10_000,
+    'A guest frozen for this long is thawed, whatever the backup does.',
+    500,
+  ),
+  cbwTimeoutMs: milliseconds(
+    5000,
+    'qemu sources: saving old data takes the guest no longer than this; then the backup fails.',
+    1000,
+  ),
+});
+
 const repository = z.strictObject({
   leaseRenewMs: milliseconds(10_000, 'How often a held lease is renewed in the repository.'),
   leaseExpiresMs: milliseconds(60_000, 'A lease not renewed for this long may be taken by another run.'),
@@ -188,6 +224,7 @@ export const configSchema = z.strictObject({
   redis,
   runs,
   nbd,
+  snapshot,
   repository,
   api,
 });

@@ -62,6 +62,8 @@ export interface DiskRow {
   lineage: string;
   /** DiskSource as JSON; null for a disk known only from a repository. */
   source: unknown;
+  /** DiskFacts as JSON; null for a disk that was not discovered. */
+  facts: unknown;
 }
 
 export interface VmRow {
@@ -69,6 +71,11 @@ export interface VmRow {
   /** Unique. */
   name: string;
   createdAt: string;
+  /** Unique: the machine wherever it is found; null for one that was not discovered. */
+  sourceKey: string | null;
+  /** VmSource and VmFacts as JSON. */
+  source: unknown;
+  facts: unknown;
   disks: DiskRow[];
 }
 
@@ -80,6 +87,16 @@ export interface VmTable {
   updateDisk(id: DiskId, change: { sizeBytes?: number; lineage?: string; source?: unknown }): Promise<void>;
   /** By its unique name. */
   findByName(name: string): Promise<VmRow | null>;
+  findBySourceKey(key: string): Promise<VmRow | null>;
+  /** All machines whose source key begins so. */
+  listBySourceKey(prefix: string): Promise<VmRow[]>;
+  /**
+   * The machine becomes what discovery found, in one transaction: name, source and facts change; disks of
+   * the row are changed by their id, or added. Disks that are not in the row stay as they are.
+   */
+  follow(vm: VmRow): Promise<void>;
+  /** The machine of a disk whose lineage begins so, and whose sources are not known (a rescan made it). */
+  findAdoptable(lineagePrefix: string): Promise<VmRow | null>;
   /** CONFLICT while points or active runs refer to it. Ended runs keep their record, with the VM unset. */
   remove(id: VmId): Promise<void>;
 }
@@ -129,7 +146,8 @@ export interface RunTable {
   ): Promise<RowPage<RunRow>>;
   /**
    * queued → running for one worker; false when it is not queued any more, or when an older run of the
-   * same VM and repository is still queued or running, both taking turns.
+   * same VM and repository is still queued or running, both taking turns; a backup also waits for any
+   * backup of its VM that is running, into whatever repository.
    */
   claim(id: RunId, claim: { workerId: string; at: string }): Promise<boolean>;
   /**
@@ -161,6 +179,11 @@ export interface RunTable {
   ): Promise<boolean>;
   /** Queued runs oldest first: put into the queue again after Redis lost them. */
   listQueued(): Promise<RunRow[]>;
+  /** Which of these points runs of this VM were to make, and in which repository. */
+  findPointRepositories(
+    vmId: VmId,
+    pointIds: PointId[],
+  ): Promise<{ pointId: PointId; repositoryId: RepositoryId }[]>;
   countActiveForPoint(pointId: PointId): Promise<RunId[]>;
 }
 

@@ -1,7 +1,7 @@
 import type { Knex } from 'knex';
 import { AppError } from '../lib/errors.js';
-import type { RunId } from '../lib/id.js';
-import { toJson } from './columns.js';
+import type { PointId, RepositoryId, RunId, VmId } from '../lib/id.js';
+import { chunks, CHUNK_ROWS, toJson } from './columns.js';
 import { decodeCursor, toPage, whereBefore } from './cursor.js';
 import type { RowPage, RowPageRequest, RunRow, RunTable, RunTurn } from './database.js';
 import { isUniqueViolation } from './database-errors.js';
@@ -62,11 +62,32 @@ export function createRunTable(session: Session): RunTable {
       );
       return records.map(toRunRow);
     },
+    findPointRepositories: (vmId, pointIds) => findPointRepositories(session, vmId, pointIds),
     countActiveForPoint: (pointId) =>
       session.run('looking for runs of a point', (db) =>
         db<RunRecord>('runs').where({ point_id: pointId }).whereIn('state', ACTIVE).orderBy('id').pluck('id'),
       ),
   };
+}
+
+async function findPointRepositories(
+  session: Session,
+  vmId: VmId,
+  pointIds: PointId[],
+): Promise<{ pointId: PointId; repositoryId: RepositoryId }[]> {
+  const found: { pointId: PointId; repositoryId: RepositoryId }[] = [];
+  for (const some of chunks(pointIds, CHUNK_ROWS)) {
+    const records = await session.run('looking whose points these are', (db) =>
+      db<RunRecord>('runs')
+        .where({ vm_id: vmId, kind: 'backup' })
+        .whereIn('point_id', some)
+        .select('point_id', 'repository_id'),
+    );
+    for (const { point_id: pointId, repository_id: repositoryId } of records) {
+      if (pointId !== null && repositoryId !== null) found.push({ pointId, repositoryId });
+    }
+  }
+  return found;
 }
 
 /** The VM's row is locked first, so that of two requests at once that refuse one sees the other. */
@@ -136,13 +157,14 @@ async function claim(
   { workerId, at }: { workerId: string; at: string },
 ): Promise<boolean> {
   const run = await session.run('reading a run', (db) =>
-    db<RunRecord>('runs').where({ id }).first('pair_key', 'created_at'),
+    db<RunRecord>('runs').where({ id }).first('kind', 'vm_id', 'pair_key', 'created_at'),
   );
   if (run === undefined) return false;
   return changeOne(session, 'claiming a run', async (db) => {
     const query = db<RunRecord>('runs').where({ id, state: 'queued' });
     if (run.pair_key !== null) {
       void query.whereNotExists(blockingRuns(db, { id, pairKey: run.pair_key, createdAt: run.created_at }));
+      if (run.kind === 'backup') void query.whereNotExists(runningBackups(db, run.vm_id));
     }
     try {
       return await query.update({
@@ -158,6 +180,15 @@ async function claim(
       throw error;
     }
   });
+}
+
+/** A machine is read by one backup at a time, whatever the repository: a hypervisor holds one snapshot of it. */
+function runningBackups(db: Knex, vmId: VmId | null): Knex.QueryBuilder {
+  const running = db<RunRecord>('runs')
+    .distinct('id')
+    .where({ vm_id: vmId, kind: 'backup', state: 'running' })
+    .whereNotNull('running_key');
+  return db.select(db.raw('1')).from(running.as('running_backups'));
 }
 
 /** Runs of the same pair that go first. `distinct` makes MySQL compute it apart from the table being updated (error 1093). */

@@ -7,6 +7,9 @@ export interface VmRecord {
   name: string;
   name_key: string;
   created_at: string;
+  source_key: string | null;
+  source: string | null;
+  facts: string | null;
 }
 
 export interface DiskRecord {
@@ -18,11 +21,20 @@ export interface DiskRecord {
   size_bytes: number;
   lineage: string;
   source: string;
+  facts: string | null;
 }
 
 export function toVmRecord(vm: VmRow): VmRecord {
   checkLength(vm.name, MAX_NAME_LENGTH, 'name');
-  return { id: vm.id, name: vm.name, name_key: uniqueKey(vm.name), created_at: vm.createdAt };
+  return {
+    id: vm.id,
+    name: vm.name,
+    name_key: uniqueKey(vm.name),
+    created_at: vm.createdAt,
+    source_key: vm.sourceKey,
+    source: toJson(vm.source),
+    facts: toJson(vm.facts),
+  };
 }
 
 export function toDiskRecord(disk: DiskRow): DiskRecord {
@@ -36,6 +48,7 @@ export function toDiskRecord(disk: DiskRow): DiskRecord {
     size_bytes: disk.sizeBytes,
     lineage: disk.lineage,
     source: toJson(disk.source),
+    facts: toJson(disk.facts),
   };
 }
 
@@ -44,6 +57,9 @@ export function toVmRow(vm: VmRecord, disks: DiskRecord[]): VmRow {
     id: vm.id,
     name: vm.name,
     createdAt: vm.created_at,
+    sourceKey: vm.source_key,
+    source: fromJson(vm.source ?? 'null'),
+    facts: fromJson(vm.facts ?? 'null'),
     disks: disks.filter((disk) => disk.vm_id === vm.id).map(toDiskRow),
   };
 }
@@ -57,5 +73,6 @@ function toDiskRow(disk: DiskRecord): DiskRow {
     sizeBytes: disk.size_bytes,
     lineage: disk.lineage,
     source: fromJson(disk.source),
+    facts: fromJson(disk.facts ?? 'null'),
   };
 }

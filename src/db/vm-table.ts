@@ -15,22 +15,70 @@ const MAX_NAMED = 20;
 export function createVmTable(session: Session): VmTable {
   return {
     insert: (vm) => insert(session, vm),
-    async get(id) {
-      const vm = await session.run('reading a VM', (db) => db<VmRecord>('vms').where({ id }).first());
-      return vm === undefined ? null : toVmRow(vm, await readDisks(session, [id]));
-    },
-    async findByName(name) {
-      const vm = await session.run('finding a VM', (db) =>
+    get: (id) => findOne(session, { id }),
+    findByName: (name) => findOne(session, { name_key: uniqueKey(name) }),
+    findBySourceKey: (key) => findOne(session, { source_key: key }),
+    async listBySourceKey(prefix) {
+      const vms = await session.run('listing discovered VMs', (db) =>
         db<VmRecord>('vms')
-          .where({ name_key: uniqueKey(name) })
-          .first(),
+          .whereRaw('substr(source_key, 1, ?) = ?', [[...prefix].length, prefix])
+          .orderBy('id'),
       );
-      return vm === undefined ? null : toVmRow(vm, await readDisks(session, [vm.id]));
+      const disks = await readDisks(
+        session,
+        vms.map(({ id }) => id),
+      );
+      return vms.map((vm) => toVmRow(vm, disks));
     },
+    follow: (vm) => follow(session, vm),
+    findAdoptable: (lineagePrefix) => findAdoptable(session, lineagePrefix),
     list: (page) => list(session, page),
     updateDisk: (id, change) => updateDisk(session, id, change),
     remove: (id) => session.transaction('removing a VM', (trx) => remove(trx, id)),
   };
+}
+
+async function findOne(session: Session, where: Partial<VmRecord>): Promise<VmRow | null> {
+  const vm = await session.run('finding a VM', (db) => db<VmRecord>('vms').where(where).first());
+  return vm === undefined ? null : toVmRow(vm, await readDisks(session, [vm.id]));
+}
+
+async function findAdoptable(session: Session, lineagePrefix: string): Promise<VmRow | null> {
+  const disk = await session.run('finding a VM by its disks', (db) =>
+    db<DiskRecord>('vm_disks')
+      .whereRaw('substr(lineage, 1, ?) = ?', [[...lineagePrefix].length, lineagePrefix])
+      .where('source', toJson(null))
+      .orderBy('vm_id', 'desc')
+      .first('vm_id'),
+  );
+  if (disk === undefined) return null;
+  const vm = await findOne(session, { id: disk.vm_id });
+  return vm?.sourceKey === null ? vm : null;
+}
+
+async function follow(session: Session, vm: VmRow): Promise<void> {
+  const { id, created_at: _, ...change } = toVmRecord(vm);
+  const records = vm.disks.map(toDiskRecord);
+  await session.transaction(
+    'following a VM',
+    async (trx) => {
+      const count = await trx<VmRecord>('vms')
+        .where({ id })
+        .update({ id, ...change });
+      if (count === 0) throw new AppError('NOT_FOUND', `there is no VM ${id}`, { details: { vmId: id } });
+      const known = new Set(await trx<DiskRecord>('vm_disks').where({ vm_id: id }).pluck('id'));
+      for (const record of records) {
+        if (known.has(record.id)) await trx<DiskRecord>('vm_disks').where({ id: record.id }).update(record);
+        else await trx<DiskRecord>('vm_disks').insert(record);
+      }
+    },
+    {
+      unique: {
+        message: `a VM named ${vm.name}, or a disk with the same name or number, exists already`,
+        details: { field: 'name', name: vm.name },
+      },
+    },
+  );
 }
 
 async function insert(session: Session, vm: VmRow): Promise<void> {

@@ -4,6 +4,8 @@ import { AppError } from '../lib/errors.js';
 import { newId, type PointId } from '../lib/id.js';
 import type { EngineContext } from './context.js';
 import type { Actor, BackupRequest, Engine } from './engine.js';
+import { estimateBackup } from './estimate.js';
+import { requireVm } from './machine-use-cases.js';
 import { requireUnused } from './maintenance.js';
 import { startRun } from './run-use-cases.js';
 import type { ChainView, RunView } from './types.js';
@@ -11,13 +13,23 @@ import { toBackupView, toChainView } from './views.js';
 
 type BackupUseCases = Pick<
   Engine,
-  'requestBackup' | 'listBackups' | 'getBackup' | 'getBackupChain' | 'getBackupStats' | 'requestDelete'
+  | 'requestBackup'
+  | 'estimateBackup'
+  | 'listBackups'
+  | 'getBackup'
+  | 'getBackupChain'
+  | 'getBackupStats'
+  | 'requestDelete'
 >;
 
 export function createBackupUseCases(context: EngineContext): BackupUseCases {
   const { db } = context;
   return {
     requestBackup: (input, actor) => requestBackup(context, input, actor),
+    async estimateBackup(input) {
+      await requireBackupOf(context, input);
+      return estimateBackup(context, input);
+    },
     async listBackups(filter, page) {
       const { rows, nextCursor } = await db.points.list(filter, page);
       return { items: rows.map(toBackupView), nextCursor };
@@ -42,8 +54,23 @@ export async function requirePoint(context: EngineContext, id: PointId): Promise
 }
 
 async function requestBackup(context: EngineContext, input: BackupRequest, actor: Actor): Promise<RunView> {
-  const vm = await context.db.vms.get(input.vmId);
-  if (vm === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${input.vmId}`);
+  await requireBackupOf(context, input);
+  const { repositoryId, vmId, type, bitmaps, bytesPerSecond, consistency, disks, whenBusy } = input;
+  const pointId = newId<PointId>(context.clock.nowMs());
+  const request = { kind: 'backup' as const, type, bitmaps, bytesPerSecond, consistency, disks };
+  return startRun(
+    context,
+    { kind: 'backup', repositoryId, vmId, pointId, request, turn: whenBusy === 'refuse' ? 'refuse' : 'wait' },
+    actor,
+  );
+}
+
+/** Both are there, and every disk that is named is one of the VM. */
+async function requireBackupOf(
+  context: EngineContext,
+  input: Pick<BackupRequest, 'vmId' | 'repositoryId' | 'bitmaps'>,
+): Promise<void> {
+  const vm = await requireVm(context, input.vmId);
   if ((await context.db.repositories.get(input.repositoryId)) === null) {
     throw new AppError('NOT_FOUND', `there is no repository ${input.repositoryId}`);
   }
@@ -53,14 +80,6 @@ async function requestBackup(context: EngineContext, input: BackupRequest, actor
       details: { field: 'bitmaps', diskId },
     });
   }
-  const { repositoryId, vmId, type, bitmaps, bytesPerSecond, whenBusy } = input;
-  const pointId = newId<PointId>(context.clock.nowMs());
-  const request = { kind: 'backup' as const, type, bitmaps, bytesPerSecond };
-  return startRun(
-    context,
-    { kind: 'backup', repositoryId, vmId, pointId, request, turn: whenBusy === 'refuse' ? 'refuse' : 'wait' },
-    actor,
-  );
 }
 
 async function requestDelete(context: EngineContext, id: PointId, actor: Actor): Promise<RunView> {

@@ -6,10 +6,10 @@ import { AppError, toAppError } from '../lib/errors.js';
 import type { DiskId, PointId, VmId } from '../lib/id.js';
 import { formatBytes } from '../lib/units.js';
 import { bitmapNameFor } from '../source/bitmap-name.js';
+import { parseVmSource } from '../source/disk-source.js';
 import { openSource } from '../source/open-source.js';
-import type { SourceProbe } from '../source/source.js';
+import type { MachineRecord, Source, SourceSnapshot, VmFacts } from '../source/source.js';
 import type { ActiveRun } from './active-run.js';
-import { decideCapture, findHead } from './capture-decision.js';
 import {
   openCapture,
   type CaptureContext,
@@ -17,15 +17,32 @@ import {
   type DiskCapture,
   type DiskPlan,
 } from './capture-disk.js';
+import { findOwnRecords, obsoleteRecords, type OwnRecords } from './change-records.js';
 import type { EngineContext } from './context.js';
-import { decideOverChain } from './parent-chain.js';
-import type { DiskView, RunRequest, RunResult } from './types.js';
-import { toDiskView, toIndexRows } from './views.js';
+import { chooseDisks } from './disk-choice.js';
+import { refreshVm, sourceOptions } from './follow-machine.js';
+import { planDisks, toSourceDisk, type BackupRunRequest } from './plan-backup.js';
+import type { DiskView, RunResult } from './types.js';
+import { toIndexRows, toVmView } from './views.js';
 
 /** How often the repository is looked at while a run writes into it. */
 const REPOSITORY_LOOK_MS = 1000;
 
-type BackupRunRequest = Extract<RunRequest, { kind: 'backup' }>;
+/** What a backup run works with once it knows where it reads and writes. */
+interface Backup {
+  context: EngineContext;
+  run: ActiveRun;
+  request: BackupRunRequest;
+  pointId: PointId;
+  repository: Repository;
+  lease: Lease;
+  /** As the hypervisor showed it at the start of the run. */
+  vm: VmRow;
+  source: Source;
+  /** Of the VM in this repository, by sequence. */
+  points: PointManifest[];
+  own: OwnRecords;
+}
 
 /**
  * One backup run: probe and decide (discover), hold every disk's source at one instant (snapshot), copy
@@ -39,59 +56,97 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
   }
   await run.enter('discover');
   const repository = await context.repositories.open(repositoryId);
-  const vm = await loadVm(context, vmId);
+  const vm = await refreshVm(context, await loadVm(context, vmId), run.signal);
   await repository.putVm(vmRecord(vm, []));
   await using cleanup = new CleanupStack();
   const lease = cleanup.use(await repository.acquireVmLease(vmId, { runId: run.id, purpose: 'backup' }));
   lease.lost.addEventListener('abort', () => {
     run.abort(new AppError('LEASE_LOST', 'the lease of this VM was taken over'));
   });
-  const abandoned = await repository.discardAbandoned(lease);
-  if (abandoned.length > 0) {
-    run.log('warning', {
-      code: 'LEFTOVERS_REMOVED',
-      message: `removed ${abandoned.length} unfinished file(s) of earlier runs`,
-      details: { files: abandoned },
-    });
-  }
+  await removeLeftovers(run, repository, lease);
+  const source = openSource(parseVmSource(vm.source), sourceOptions(context, run.id));
+  await cleanUpEarlierRuns(context, run, source);
   const points = await repository.listPoints(vmId);
-  const plans = await planDisks({ context, run, repository, points, vm, request, cleanup });
+  const own = await findOwnRecords(context, vmId, { records: recordsOf(vm), points });
+  const backup = { context, run, request, pointId, repository, lease, vm, source, points, own };
+  const plans = await plan(backup, cleanup);
   await repository.putVm(vmRecord(vm, plans));
 
   await run.enter('snapshot');
-  const captureContext: CaptureContext = {
-    repository,
-    lease,
-    vmId,
-    runId: run.id,
-    settings: context.settings.nbd,
-    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
-    bytesPerSecond: request.bytesPerSecond,
-    signal: run.signal,
-  };
-  const captures: DiskCapture[] = [];
-  for (const plan of plans) captures.push(cleanup.use(await openCapture(captureContext, plan)));
-  const capturedAt = toTimestamp(context.clock.nowMs());
-  await measureAndReserve(run, repository, captures);
-
-  await run.enter('transfer');
-  const totals = new Map<DiskId, CaptureTotals>();
-  {
-    await using _watch = watchRepository(run, repository, lease);
-    for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
-  }
+  const snapshot = cleanup.use(await takeSnapshot(backup, plans));
+  snapshot.lost.addEventListener('abort', () => {
+    run.abort(toAppError(snapshot.lost.reason));
+  });
+  const { captures, totals } = await readSnapshot(backup, { plans, snapshot, cleanup });
 
   await run.enter('finalize');
-  const manifest = await commit({ run, repository, lease, vm, pointId, capturedAt, captures, totals });
+  const manifest = await commit(backup, { snapshot, captures, totals });
   for (const capture of captures) capture.finish();
   await indexPoint(context, run, manifest);
+  await settleRecords(backup, snapshot, manifest);
   return { kind: 'backup', pointId };
+}
+
+interface Capturing {
+  plans: DiskPlan[];
+  snapshot: SourceSnapshot;
+  cleanup: CleanupStack;
+}
+
+/** Copies every disk and lets the snapshot go: the hypervisor saves old data no longer than it is read. */
+async function readSnapshot(
+  backup: Backup,
+  capturing: Capturing,
+): Promise<{ captures: DiskCapture[]; totals: Map<DiskId, CaptureTotals> }> {
+  const { run, repository, lease } = backup;
+  const { snapshot } = capturing;
+  try {
+    const captures = await openCaptures(backup, capturing);
+    await measureAndReserve(run, repository, captures);
+    await run.enter('transfer');
+    const totals = new Map<DiskId, CaptureTotals>();
+    {
+      await using _watch = watchRepository(run, repository, lease);
+      for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
+    }
+    await snapshot.close();
+    return { captures, totals };
+  } catch (error) {
+    // A read that failed is often but the first sign that the snapshot broke: that says why.
+    if (!run.signal.aborted) await snapshot.close();
+    throw error;
+  }
 }
 
 async function loadVm(context: EngineContext, vmId: VmId): Promise<VmRow> {
   const row = await context.db.vms.get(vmId);
   if (row === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${vmId}`);
   return row;
+}
+
+const recordsOf = (vm: VmRow): MachineRecord[] => (vm.facts as VmFacts | null)?.changeRecords ?? [];
+
+async function removeLeftovers(run: ActiveRun, repository: Repository, lease: Lease): Promise<void> {
+  const files = await repository.discardAbandoned(lease);
+  if (files.length === 0) return;
+  run.log('warning', {
+    code: 'LEFTOVERS_REMOVED',
+    message: `removed ${files.length} unfinished file(s) of earlier runs`,
+    details: { files },
+  });
+}
+
+/** A run that died while its hypervisor could not be asked left something there; this one can ask. */
+async function cleanUpEarlierRuns(context: EngineContext, run: ActiveRun, source: Source): Promise<void> {
+  const { vmId, repositoryId } = run.row;
+  if (vmId === null) return;
+  const latest = await context.db.runs.list({ kind: 'backup', vmId }, { limit: 20, cursor: null });
+  for (const row of latest.rows) {
+    if (row.repositoryId !== repositoryId || row.id === run.id || row.pointId === null) continue;
+    if (row.state === 'completed') return;
+    if (row.state !== 'interrupted') continue;
+    await source.cleanUp({ runId: row.id, pointId: row.pointId, isCommitted: false }, { signal: run.signal });
+  }
 }
 
 /**
@@ -115,22 +170,19 @@ function vmRecord(vm: VmRow, plans: DiskPlan[]): VmRecord {
   };
 }
 
-interface PlanContext {
-  context: EngineContext;
-  run: ActiveRun;
-  repository: Repository;
-  points: PointManifest[];
-  vm: VmRow;
-  request: BackupRunRequest;
-  /** Takes what the plans hold open. */
-  cleanup: CleanupStack;
-}
-
-async function planDisks(plan: PlanContext): Promise<DiskPlan[]> {
-  const plans: DiskPlan[] = [];
-  for (const disk of plan.vm.disks) plans.push(await planDisk(plan, toDiskView(disk)));
-  if (plans.length === 0) throw new AppError('CONFLICT', `${plan.vm.name} has no disks`);
-  plan.run.setDisks(
+async function plan(backup: Backup, cleanup: CleanupStack): Promise<DiskPlan[]> {
+  const { run, repository, points, source, request } = backup;
+  const { chosen, leftOut } = chooseDisks(toVmView(backup.vm), request.disks);
+  for (const { disk, reason } of leftOut) {
+    run.log('info', {
+      code: 'DISK_LEFT_OUT',
+      message: `${disk.name} is not part of the point: ${reason.sentence}`,
+      details: { diskId: disk.id, reason: reason.code },
+    });
+  }
+  const { signal } = run;
+  const plans = await planDisks({ repository, points, source, disks: chosen, request, cleanup, signal });
+  run.setDisks(
     plans.map(({ disk, decision }) => ({
       diskId: disk.id,
       totalBytes: 0,
@@ -142,57 +194,73 @@ async function planDisks(plan: PlanContext): Promise<DiskPlan[]> {
       reason: decision.reason,
     })),
   );
+  for (const { disk, decision, probe } of plans) {
+    run.log('info', {
+      code: decision.reason.code,
+      message: `${disk.name}: ${decision.method}: ${decision.reason.sentence}`,
+      details: { diskId: disk.id, method: decision.method },
+    });
+    await followDisk(backup, disk, probe);
+  }
   return plans;
 }
 
-async function planDisk(plan: PlanContext, disk: DiskView): Promise<DiskPlan> {
-  const { context, run, repository, points, request } = plan;
-  if (disk.source === null) {
-    throw new AppError('CONFLICT', `disk ${disk.name} is known only from a repository and has no source`, {
-      details: { diskId: disk.id },
-    });
-  }
-  const source = openSource(disk.source, {
-    diskId: disk.id,
-    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
-    limits: context.settings.nbd,
-  });
-  const probe = await source.probe({ signal: run.signal });
-  const head = findHead(points, disk.id);
-  const stated = request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null;
-  const tracking = disk.source.changeTracking;
-  const { decision, known } = await decideOverChain({
-    repository,
-    head: points.find(({ pointId }) => pointId === head?.pointId),
-    diskId: disk.id,
-    decide: (damage) =>
-      decideCapture({ type: request.type, diskName: disk.name, tracking, probe, head, damage, stated }),
-    cleanup: plan.cleanup,
-    signal: run.signal,
-  });
-  run.log('info', {
-    code: decision.reason.code,
-    message: `${disk.name}: ${decision.method}: ${decision.reason.sentence}`,
-    details: {
-      diskId: disk.id,
-      method: decision.method,
-    },
-  });
-  await followDisk(plan, disk, probe);
-  return { disk, source, probe, decision, known };
-}
-
 /** The index follows what the source is now; the point keeps what it was. */
-async function followDisk({ context, run }: PlanContext, disk: DiskView, probe: SourceProbe): Promise<void> {
-  if (probe.sizeBytes !== disk.sizeBytes) {
+async function followDisk(
+  { context, run }: Backup,
+  disk: DiskView,
+  { sizeBytes, lineage }: DiskPlan['probe'],
+): Promise<void> {
+  if (sizeBytes !== disk.sizeBytes) {
     run.log('warning', {
       code: 'SOURCE_SIZE_MISMATCH',
-      message: `${disk.name} has ${probe.sizeBytes} bytes now and had ${disk.sizeBytes} before`,
+      message: `${disk.name} has ${sizeBytes} bytes now and had ${disk.sizeBytes} before`,
       details: { diskId: disk.id },
     });
   }
-  const change = { sizeBytes: probe.sizeBytes, lineage: probe.lineage };
-  await run.insist(() => context.db.vms.updateDisk(disk.id, change));
+  await run.insist(() => context.db.vms.updateDisk(disk.id, { sizeBytes, lineage }));
+}
+
+async function takeSnapshot(backup: Backup, plans: DiskPlan[]): Promise<SourceSnapshot> {
+  const { run, vm, own, request, source } = backup;
+  return source.snapshot({
+    vmId: vm.id,
+    repositoryId: backup.repository.marker.repositoryId,
+    runId: run.id,
+    pointId: backup.pointId,
+    disks: plans.map(({ disk, probe, decision }) => ({
+      disk: toSourceDisk(disk),
+      probe,
+      bitmap: decision.bitmap,
+    })),
+    consistency: request.consistency,
+    brokenRecords: recordsOf(vm).flatMap(({ name, isBroken }) => (isBroken && own.has(name) ? [name] : [])),
+    note: ({ level, ...entry }) => {
+      run.log(level, entry);
+    },
+    signal: run.signal,
+  });
+}
+
+async function openCaptures(backup: Backup, { plans, snapshot, cleanup }: Capturing): Promise<DiskCapture[]> {
+  const { context, run, repository, lease, vm, request } = backup;
+  const captureContext: CaptureContext = {
+    repository,
+    lease,
+    vmId: vm.id,
+    runId: run.id,
+    settings: context.settings.nbd,
+    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
+    bytesPerSecond: request.bytesPerSecond,
+    signal: run.signal,
+  };
+  const captures: DiskCapture[] = [];
+  for (const plan of plans) {
+    const disk = snapshot.disks.get(plan.disk.id);
+    if (disk === undefined) throw new AppError('INTERNAL', `the snapshot has no disk ${plan.disk.name}`);
+    captures.push(cleanup.use(await openCapture(captureContext, plan, disk)));
+  }
+  return captures;
 }
 
 /** What is known to come must fit; what nobody knows is watched while it comes. */
@@ -248,26 +316,21 @@ async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<Captu
   return totals;
 }
 
-async function commit(parts: {
-  run: ActiveRun;
-  repository: Repository;
-  lease: Lease;
-  vm: VmRow;
-  pointId: PointId;
-  capturedAt: string;
-  captures: DiskCapture[];
-  totals: ReadonlyMap<DiskId, CaptureTotals>;
-}): Promise<PointManifest> {
-  const { run, repository, captures, totals } = parts;
+async function commit(
+  backup: Backup,
+  parts: { snapshot: SourceSnapshot; captures: DiskCapture[]; totals: ReadonlyMap<DiskId, CaptureTotals> },
+): Promise<PointManifest> {
+  const { run, repository, vm, pointId } = backup;
+  const { snapshot, captures, totals } = parts;
   return repository.commitPoint(
     {
-      pointId: parts.pointId,
-      vmId: parts.vm.id,
-      vmName: parts.vm.name,
+      pointId,
+      vmId: vm.id,
+      vmName: vm.name,
       runId: run.id,
-      capturedAt: parts.capturedAt,
-      consistency: captures.every(({ plan }) => plan.disk.source?.kind === 'image') ? 'offline' : 'crash',
-      disks: captures.map(({ plan, layer }) => {
+      capturedAt: toTimestamp(snapshot.capturedAtMs),
+      consistency: snapshot.consistency,
+      disks: captures.map(({ plan, source, layer }) => {
         const copied = totals.get(plan.disk.id);
         if (copied === undefined) throw new AppError('INTERNAL', `disk ${plan.disk.id} was not copied`);
         return {
@@ -282,7 +345,7 @@ async function commit(parts: {
           method: plan.decision.method,
           reason: plan.decision.reason,
           changeIdFrom: plan.decision.changeIdFrom,
-          changeIdTo: bitmapNameFor(parts.pointId),
+          changeIdTo: source.changeIdTo,
           bytesRead: copied.bytesRead,
           bytesWritten: copied.bytesWritten,
           bytesZeroed: copied.bytesZeroed,
@@ -292,8 +355,9 @@ async function commit(parts: {
     },
     captures.map(({ layer }) => layer),
     {
-      lease: parts.lease,
+      lease: backup.lease,
       signal: run.signal,
+      configFiles: [...snapshot.configFiles],
       onProgress: (share) => {
         run.setShare(share);
       },
@@ -313,4 +377,21 @@ async function indexPoint(context: EngineContext, run: ActiveRun, manifest: Poin
       sequence: manifest.sequence,
     },
   });
+}
+
+/** The point is there and indexed: only now do the records go that nothing counts from any more. */
+async function settleRecords(
+  { context, run, vm, own, points, pointId }: Backup,
+  snapshot: SourceSnapshot,
+  manifest: PointManifest,
+): Promise<void> {
+  const obsolete = obsoleteRecords(own, manifest.repositoryId, [...points, manifest]);
+  await snapshot.commit(obsolete);
+  if (vm.facts === null) return;
+  const name = bitmapNameFor(pointId);
+  const begun = manifest.disks.some(({ changeIdTo }) => changeIdTo === name);
+  const changeRecords = recordsOf(vm).filter((record) => !obsolete.includes(record.name));
+  if (begun) changeRecords.push({ name, pointId, isBroken: false });
+  const facts: VmFacts = { ...(vm.facts as VmFacts), changeRecords };
+  await run.insist(() => context.db.vms.follow({ ...vm, facts, disks: [] }));
 }

@@ -8,7 +8,7 @@ import type {
 import { AppError } from '../lib/errors.js';
 import type { DiskId, LayerId, PointId } from '../lib/id.js';
 import { pointOfBitmap } from '../source/bitmap-name.js';
-import type { ChangeTracking, SourceProbe, StatedBitmap } from '../source/source.js';
+import type { ChangeTracking, DiskProbe, StatedBitmap } from '../source/source.js';
 import type { BackupType } from './types.js';
 
 /** The newest layer of the disk and the points under it, newest first, whose change ids it may count from. */
@@ -25,7 +25,7 @@ export interface CaptureInput {
   type: BackupType;
   diskName: string;
   tracking: ChangeTracking;
-  probe: SourceProbe;
+  probe: DiskProbe;
   head: DiskHead | null;
   /** Why the head's chain cannot be built upon, when it cannot. */
   damage: string | null;
@@ -71,7 +71,32 @@ export function decideCapture(input: CaptureInput): CaptureDecision {
   if (input.tracking === 'compare') {
     return compare(head, 'NO_CHANGE_RECORD', 'the disk is set to be compared with the last point');
   }
-  return decideOffered(input, head);
+  return input.probe.recordKeeper === 'managed' ? decideManaged(input, head) : decideOffered(input, head);
+}
+
+/**
+ * Each point made its record, or says which one goes on: that one proves what changed, and no other. An
+ * older one in its place belongs to a disk that was put back to an earlier state, which it knows nothing of.
+ */
+function decideManaged(input: CaptureInput, head: DiskHead): CaptureDecision {
+  const since = head.ancestors[0];
+  const record = input.probe.records.find(({ bitmap }) => bitmap === since?.changeIdTo);
+  if (since === undefined || record === undefined) return decideUnrecorded(input, head);
+  if (record.isInconsistent) {
+    return fullUnlessInsisted(input, 'BITMAP_INCONSISTENT', `the bitmap ${record.bitmap} is inconsistent`);
+  }
+  return incremental(head, record.bitmap, since);
+}
+
+function decideUnrecorded(input: CaptureInput, head: DiskHead): CaptureDecision {
+  const { noRecordReason } = input.probe;
+  if (noRecordReason !== null) {
+    return compare(head, 'NO_CHANGE_RECORD', `no record of changes: ${noRecordReason}`);
+  }
+  const sentence = 'the record of changes since the last point is gone';
+  return input.tracking === 'bitmap'
+    ? fullUnlessInsisted(input, 'BITMAP_MISSING', sentence)
+    : compare(head, 'BITMAP_MISSING', sentence);
 }
 
 function decideStated(input: CaptureInput, head: DiskHead, stated: StatedBitmap): CaptureDecision {

@@ -7,7 +7,7 @@ import { markGrown, planWindow, type PlannedWindow } from '../nbd/capture-plan.j
 import { walkClusters, type ClusterMap } from '../nbd/extents.js';
 import { HASH_BYTES, openCopySession, type CopySession, type WindowResult } from '../nbd/index.js';
 import { startQemuNbd, type QemuNbd, type ServerPlace } from '../nbd/qemu-nbd.js';
-import type { OpenSource, Source, SourceProbe } from '../source/source.js';
+import type { DiskProbe, SnapshotDisk } from '../source/source.js';
 import type { CaptureDecision } from './capture-decision.js';
 import type { EngineSettings } from './context.js';
 import type { DiskView } from './types.js';
@@ -30,8 +30,7 @@ export interface CaptureContext {
 
 export interface DiskPlan {
   disk: DiskView;
-  source: Source;
-  probe: SourceProbe;
+  probe: DiskProbe;
   decision: CaptureDecision;
   /** What the chain holds, for a compare. Whoever made the plan closes it. */
   known: ComposedSums | null;
@@ -52,12 +51,13 @@ export interface CaptureMeasure {
 }
 
 /**
- * One disk's capture: the source is held open (its content is the instant of the point), the partial
+ * One disk's capture: the source's snapshot is held by the caller for as long as this lives, the partial
  * layer is there and served by a private qemu-nbd, and the copy session stands between them.
  * Dispose it in any case; `transfer` leaves a flushed layer whose sink has been stopped.
  */
 export interface DiskCapture extends AsyncDisposable {
   readonly plan: DiskPlan;
+  readonly source: SnapshotDisk;
   readonly layer: PartialLayer;
   /** Asks the source anew each time. */
   measure(): Promise<CaptureMeasure>;
@@ -66,54 +66,45 @@ export interface DiskCapture extends AsyncDisposable {
   finish(): void;
 }
 
-export async function openCapture(context: CaptureContext, plan: DiskPlan): Promise<DiskCapture> {
+export async function openCapture(
+  context: CaptureContext,
+  plan: DiskPlan,
+  source: SnapshotDisk,
+): Promise<DiskCapture> {
   await using undo = new CleanupStack();
   const { repository, settings, signal } = context;
-  const layerId = newId<LayerId>();
-  const opening = plan.source
-    .open({ bitmap: plan.decision.bitmap, signal })
-    .then((source) => undo.use(source));
-  const creating = repository
-    .createLayer(
-      {
-        vmId: context.vmId,
-        diskId: plan.disk.id,
-        runId: context.runId,
-        layerId,
-        sizeBytes: plan.probe.sizeBytes,
-        parentLayerId: plan.decision.parent?.layerId ?? null,
-      },
-      context.lease,
-    )
-    .then(async (layer) => {
-      undo.defer(() => repository.discardLayer(layer));
-      const sink = await startQemuNbd({
-        imagePath: layer.path,
-        format: 'qcow2',
-        isReadOnly: false,
-        connections: settings.connections,
-        signal,
-        ...context.place,
-      });
-      return { layer, sink: undo.use(sink) };
-    });
-  const [source, created] = await settleBoth(opening, creating);
-  const session = undo.use(await openSession(context, { plan, source, sink: created.sink }));
+  const layer = await repository.createLayer(
+    {
+      vmId: context.vmId,
+      diskId: plan.disk.id,
+      runId: context.runId,
+      layerId: newId<LayerId>(),
+      sizeBytes: plan.probe.sizeBytes,
+      parentLayerId: plan.decision.parent?.layerId ?? null,
+    },
+    context.lease,
+  );
+  undo.defer(() => repository.discardLayer(layer));
+  const sink = undo.use(
+    await startQemuNbd({
+      imagePath: layer.path,
+      format: 'qcow2',
+      isReadOnly: false,
+      connections: settings.connections,
+      signal,
+      ...context.place,
+    }),
+  );
+  const session = undo.use(await openSession(context, { plan, source, sink }));
   requireSize(plan.probe.sizeBytes, session);
-  const capture = new NbdCapture({ context, plan, source, session, ...created });
+  const capture = new NbdCapture({ context, plan, source, session, sink, layer });
   undo.release();
   return capture;
 }
 
-/** Both, also when one fails: what the other opened must be known to the cleanup before the error goes on. */
-async function settleBoth<A, B>(first: Promise<A>, second: Promise<B>): Promise<[A, B]> {
-  await Promise.allSettled([first, second]);
-  return Promise.all([first, second]);
-}
-
 async function openSession(
   context: CaptureContext,
-  parts: { plan: DiskPlan; source: OpenSource; sink: QemuNbd },
+  parts: { plan: DiskPlan; source: SnapshotDisk; sink: QemuNbd },
 ): Promise<CopySession> {
   const { settings, repository, signal } = context;
   return openCopySession(
@@ -146,10 +137,10 @@ function requireSize(sizeBytes: number, session: CopySession): void {
 
 class NbdCapture implements DiskCapture {
   readonly plan: DiskPlan;
+  readonly source: SnapshotDisk;
   readonly layer: PartialLayer;
   readonly #parts: {
     context: CaptureContext;
-    source: OpenSource;
     session: CopySession;
     sink: QemuNbd;
   };
@@ -158,18 +149,18 @@ class NbdCapture implements DiskCapture {
   constructor(parts: {
     context: CaptureContext;
     plan: DiskPlan;
-    source: OpenSource;
+    source: SnapshotDisk;
     session: CopySession;
     sink: QemuNbd;
     layer: PartialLayer;
   }) {
     this.plan = parts.plan;
+    this.source = parts.source;
     this.layer = parts.layer;
     this.#parts = parts;
   }
 
   async measure(): Promise<CaptureMeasure> {
-    const { source } = this.#parts;
     let totalBytes = 0;
     let copyBytes = 0;
     for await (const map of this.#walk()) {
@@ -178,7 +169,7 @@ class NbdCapture implements DiskCapture {
       copyBytes += planned.copyBytes;
     }
     // Many servers call all of a disk data, whatever is on it.
-    const saysSomething = source.dirtyContext !== null || copyBytes < this.plan.probe.sizeBytes;
+    const saysSomething = this.source.dirtyContext !== null || copyBytes < this.plan.probe.sizeBytes;
     const isKnown = this.plan.decision.method !== 'compare' && saysSomething;
     return { totalBytes, writeBytes: isKnown ? copyBytes : null };
   }
@@ -205,10 +196,9 @@ class NbdCapture implements DiskCapture {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    const { session, sink, source, context } = this.#parts;
+    const { session, sink, context } = this.#parts;
     await using undo = new CleanupStack();
     if (!this.#isFinished) undo.defer(() => context.repository.discardLayer(this.layer));
-    undo.use(source);
     undo.use(sink);
     undo.use(session);
   }
@@ -248,11 +238,11 @@ class NbdCapture implements DiskCapture {
   }
 
   async *#walk(): AsyncGenerator<ClusterMap> {
-    const { session, source, context } = this.#parts;
+    const { session, context } = this.#parts;
     const maps = walkClusters((offset, length) => session.blockStatus(offset, length), {
       diskBytes: this.plan.probe.sizeBytes,
       clusterBytes: CLUSTER_BYTES,
-      dirtyContext: source.dirtyContext,
+      dirtyContext: this.source.dirtyContext,
       grantedContexts: session.sourceInfo?.metaContexts ?? [],
       windowBytes: WINDOW_BYTES,
     });

@@ -3,6 +3,7 @@ import type { Clock } from '../lib/clock.js';
 import type { Logger } from '../lib/log.js';
 import type { ChildRegistry } from '../lib/process.js';
 import type { Database } from '../db/database.js';
+import type { SourceSettings } from '../source/source-settings.js';
 import type { RepositoryPool } from './repository-pool.js';
 import type { RunQueue } from './run-queue.js';
 
@@ -25,6 +26,7 @@ export interface EngineSettings {
     requestBytes: number;
     requestsInFlight: number;
   };
+  snapshot: SourceSettings['snapshot'];
 }
 
 /** What every use case works with; built once in the composition root. */

@@ -3,6 +3,7 @@ import type { EngineContext } from './context.js';
 import { createHealthUseCases } from './doctor.js';
 import type { Engine } from './engine.js';
 import type { ActiveRuns } from './execute-run.js';
+import { createMachineUseCases } from './machine-use-cases.js';
 import { createRepositoryUseCases } from './repository-use-cases.js';
 import { createRestoreUseCases } from './restore-use-cases.js';
 import { createRunUseCases } from './run-use-cases.js';
@@ -14,6 +15,7 @@ export function createEngine(context: EngineContext, active: ActiveRuns): Engine
   return {
     ...createRepositoryUseCases(context),
     ...createVmUseCases(context),
+    ...createMachineUseCases(context),
     ...createBackupUseCases(context),
     ...createRestoreUseCases(context),
     ...createRunUseCases(context, active),

@@ -24,6 +24,7 @@ const TOOLS: readonly ToolNeed[] = [
   { tool: 'blkid', package: 'util-linux', isRequired: false, versionArgs: ['--version'] },
   { tool: 'blockdev', package: 'util-linux', isRequired: false, versionArgs: ['--version'] },
   { tool: 'virsh', package: 'libvirt-clients', isRequired: false, versionArgs: ['--version'] },
+  { tool: 'ssh', package: 'openssh-client', isRequired: false, versionArgs: ['-V'] },
 ];
 
 /** What this host has and lacks, found by trying, with the fix. */
@@ -71,8 +72,8 @@ async function lookAtRepositories(context: EngineContext): Promise<string> {
 async function lookAtTool(need: ToolNeed): Promise<DoctorFinding> {
   const facts = { name: need.tool, isRequired: need.isRequired };
   try {
-    const { stdout } = await runTool(need.tool, need.versionArgs, { timeoutMs: TOOL_TIMEOUT_MS });
-    return { ...facts, isOk: true, found: stdout.split('\n')[0] ?? '', remedy: null };
+    const { stdout, stderr } = await runTool(need.tool, need.versionArgs, { timeoutMs: TOOL_TIMEOUT_MS });
+    return { ...facts, isOk: true, found: firstLine(stdout, stderr), remedy: null };
   } catch (error) {
     if (!isErrorCode(error, 'TOOL_MISSING', 'TOOL_FAILED', 'TIMEOUT')) throw error;
     return {
@@ -82,6 +83,11 @@ async function lookAtTool(need: ToolNeed): Promise<DoctorFinding> {
       remedy: `apt-get install ${need.package}`,
     };
   }
+}
+
+/** ssh tells its version on standard error. */
+function firstLine(...texts: string[]): string {
+  return texts.join('').split('\n')[0] ?? '';
 }
 
 /** The device node alone proves nothing; what needs KVM boots something to find out. */

@@ -1,12 +1,17 @@
 import type { DiskId, PointId, RepositoryId, RunId, TokenId, VmId } from '../lib/id.js';
 import type { HashAlgorithm } from '../nbd/index.js';
-import type { DiskSource } from '../source/source.js';
+import type { DiscoveryPlace } from '../source/open-source.js';
+import type { ConsistencyWish, DiskSource } from '../source/source.js';
+import type { MachineTargetSpec } from '../target/machine-target.js';
 import type {
+  BackupEstimate,
   BackupStats,
   BackupType,
   BackupView,
   ChainView,
   ComponentHealth,
+  DiskChoice,
+  DiskView,
   DoctorFinding,
   Page,
   PageRequest,
@@ -50,8 +55,18 @@ export interface BackupRequest {
   bitmaps: { diskId: DiskId; name: string; sincePointId: PointId }[];
   /** Source read limit, 0 for none. */
   bytesPerSecond: number;
+  consistency: ConsistencyWish;
+  disks: DiskChoice;
   /** When another run of this VM and repository is active: refuse (RUN_ACTIVE), or wait in the queue. */
   whenBusy: 'refuse' | 'queue';
+}
+
+export type DiscoverRequest = DiscoveryPlace;
+
+export interface MachineRestoreRequest {
+  pointId: PointId;
+  machine: MachineTargetSpec;
+  acceptDamage: boolean;
 }
 
 export interface RestoreRequest {
@@ -91,7 +106,23 @@ export interface Engine {
   /** CONFLICT while it has points or active runs. */
   removeVm(id: VmId, actor: Actor): Promise<void>;
 
+  /**
+   * Asks a hypervisor and records what it knows: new machines and disks are added, known ones follow what
+   * they are now, whatever their name or host. Known machines of this connection that are gone are marked.
+   */
+  discoverVms(input: DiscoverRequest, actor: Actor): Promise<VmView[]>;
+  listVmDisks(id: VmId): Promise<DiskView[]>;
+  /**
+   * Removes our checkpoints or bitmaps from the machine, of every repository of this appliance: a domain
+   * with checkpoints cannot be undefined. The next run compares or is a full. RUN_ACTIVE while one is active.
+   */
+  releaseVm(id: VmId, actor: Actor): Promise<{ removed: string[]; kept: string[] }>;
+
   requestBackup(input: BackupRequest, actor: Actor): Promise<RunView>;
+  /** What such a backup would do now, and how much it would read; nothing is held or changed. */
+  estimateBackup(
+    input: Omit<BackupRequest, 'whenBusy' | 'bytesPerSecond' | 'consistency'>,
+  ): Promise<BackupEstimate>;
   /** Newest first. */
   listBackups(
     filter: { vmId?: VmId | undefined; repositoryId?: RepositoryId | undefined },
@@ -107,6 +138,8 @@ export interface Engine {
   requestDelete(id: PointId, actor: Actor): Promise<RunView>;
 
   requestRestore(input: RestoreRequest, actor: Actor): Promise<RunView>;
+  /** The whole machine: its disks, then its definition. */
+  requestMachineRestore(input: MachineRestoreRequest, actor: Actor): Promise<RunView>;
 
   listRuns(filter: RunFilter, page: PageRequest): Promise<Page<RunView>>;
   getRun(id: RunId): Promise<RunView>;

@@ -53,6 +53,9 @@ export async function executeRescan(context: EngineContext, run: ActiveRun): Pro
       id: vm.vmId,
       name: vm.name,
       createdAt: now,
+      sourceKey: null,
+      source: null,
+      facts: null,
       disks: vm.disks.map(({ diskId, number, name, sizeBytes, sourceLineage }) => ({
         id: diskId,
         vmId: vm.vmId,
@@ -61,6 +64,7 @@ export async function executeRescan(context: EngineContext, run: ActiveRun): Pro
         sizeBytes,
         lineage: sourceLineage,
         source: null,
+        facts: null,
       })),
     });
     points.push(...manifests.map(toIndexRows));

@@ -3,9 +3,13 @@ import type { RunRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
 import type { PointId, RunId, VmId } from '../lib/id.js';
+import { parseVmSource } from '../source/disk-source.js';
+import { openSource } from '../source/open-source.js';
 import type { EngineContext } from './context.js';
 import type { ActiveRuns } from './execute-run.js';
-import { removeRestoreLeftovers, type RestoreRunRequest } from './restore.js';
+import { sourceOptions } from './follow-machine.js';
+import type { RestoreRunRequest } from './restore.js';
+import { removeRestoreLeftovers } from './restore-leftovers.js';
 import type { RunKind, RunResult } from './types.js';
 import { toIndexRows, toRunError } from './views.js';
 
@@ -26,6 +30,8 @@ export interface Recovery {
 }
 
 const MAX_RECOVERY_INTERVAL_MS = 15_000;
+/** For one run's leftovers at its source; a daemon that starts waits for it. */
+const CLEAN_UP_TIMEOUT_MS = 60_000;
 
 /** Long enough for a live worker to send a heartbeat between two looks. */
 export function recoveryIntervalMs({ runs }: EngineContext['settings']): number {
@@ -103,7 +109,7 @@ async function cleanUp(context: EngineContext, row: RunRow): Promise<RunResult |
     case 'delete':
       return recoverDelete(context, row);
     case 'restore':
-      await removeRestoreLeftovers(row.id, row.request as RestoreRunRequest);
+      await removeRestoreLeftovers(context, row.id, row.request as RestoreRunRequest);
       return null;
     case 'check':
     case 'rescan':
@@ -121,12 +127,35 @@ async function recoverBackup(context: EngineContext, row: RunRow): Promise<RunRe
   try {
     const rows = toIndexRows(await repository.readPoint(vmId, pointId));
     await context.db.points.insert(rows.point, rows.layers);
+    await cleanUpSource(context, row, { isCommitted: true });
     return { kind: 'backup', pointId };
   } catch (error) {
     if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
   }
   await discardFiles(context, { repository, lease, runId: row.id });
+  await cleanUpSource(context, row, { isCommitted: false });
   return null;
+}
+
+/**
+ * What the run left at its hypervisor: a job, a server, scratch space, a record nothing counts from. A
+ * hypervisor that cannot be asked does not keep the run from its end: the next run of the VM cleans up.
+ */
+async function cleanUpSource(
+  context: EngineContext,
+  { id, vmId, pointId }: RunRow,
+  { isCommitted }: { isCommitted: boolean },
+): Promise<void> {
+  const vm = vmId === null ? null : await context.db.vms.get(vmId);
+  const source = vm === null ? null : parseVmSource(vm.source);
+  if (source === null || pointId === null) return;
+  const leftover = { runId: id, pointId, isCommitted };
+  const signal = AbortSignal.timeout(CLEAN_UP_TIMEOUT_MS);
+  try {
+    await openSource(source, sourceOptions(context, id)).cleanUp(leftover, { signal });
+  } catch (error) {
+    context.logger.warn({ err: error, runId: id }, 'what a run left at its source could not be removed yet');
+  }
 }
 
 /** Null when the repository does not know the VM. */

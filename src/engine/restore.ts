@@ -1,14 +1,14 @@
-import { rm } from 'node:fs/promises';
 import { copyChain, type PointManifest, type Repository } from '../../repository/index.js';
 import { CleanupStack } from '../lib/cleanup.js';
 import { AppError } from '../lib/errors.js';
+import type { DiskId } from '../lib/id.js';
 import { formatBytes, KIB } from '../lib/units.js';
-import { partialPath } from '../target/file-target.js';
 import { openTarget } from '../target/open-target.js';
 import type { OpenTarget, Target, TargetOpenOptions } from '../target/target.js';
 import type { ActiveRun } from './active-run.js';
 import type { EngineContext } from './context.js';
-import type { RestoreDisk, RunRequest, RunResult } from './types.js';
+import { forbiddenTargets, prepareMachine, type MachineRestore } from './restore-machine.js';
+import type { RestoreDisk, RunDiskProgress, RunRequest, RunResult } from './types.js';
 
 export type RestoreRunRequest = Extract<RunRequest, { kind: 'restore' }>;
 type RestoredDisk = Extract<RunResult, { kind: 'restore' }>['disks'][number];
@@ -25,7 +25,8 @@ interface DiskRestore {
 
 /**
  * One restore run. Every target is checked before the first is written; each block is checked
- * against its hash on the way. A target appears complete or not at all, where its kind allows that.
+ * against its hash on the way. A target appears complete or not at all, where its kind allows that;
+ * the disks of a machine appear when all of them are complete, and then the machine is defined.
  */
 export async function executeRestore(context: EngineContext, run: ActiveRun): Promise<RunResult> {
   const request = run.row.request as RestoreRunRequest;
@@ -37,26 +38,34 @@ export async function executeRestore(context: EngineContext, run: ActiveRun): Pr
   await requireNoDelete(context, run, pointId);
   const repository = await context.repositories.open(repositoryId);
   const point = await repository.readPoint(vmId, pointId);
-  const restores = await prepare({ context, run, point, request });
-  run.setDisks(
-    restores.map(({ entry }) => ({
-      diskId: entry.diskId,
-      totalBytes: 0,
-      bytesRead: 0,
-      bytesWritten: 0,
-      bytesZeroed: 0,
-      bytesSkipped: 0,
-      method: null,
-      reason: null,
-    })),
-  );
+  await using cleanup = new CleanupStack();
+  const machine = await prepareMachine({ context, run, repository, point });
+  if (machine !== null) cleanup.use(machine);
+  const restores = await prepare({ context, run, point, request, machine });
+  run.setDisks(restores.map(({ entry }) => nothingDone(entry.diskId)));
   await run.enter('transfer');
   const disks: RestoredDisk[] = [];
   for (const restore of restores) {
-    disks.push(await restoreDisk({ context, run, repository, point, restore, request }));
+    const target = cleanup.use(await restore.target.open(restore.options));
+    disks.push(await copyDisk({ context, run, repository, point, restore, target, request }));
+    if (machine === null) await target.complete();
+    else machine.add(restore.wanted.target, target);
   }
   await run.enter('finalize');
-  return { kind: 'restore', disks };
+  return { kind: 'restore', disks, machine: (await machine?.finish()) ?? null };
+}
+
+function nothingDone(diskId: DiskId): RunDiskProgress {
+  return {
+    diskId,
+    totalBytes: 0,
+    bytesRead: 0,
+    bytesWritten: 0,
+    bytesZeroed: 0,
+    bytesSkipped: 0,
+    method: null,
+    reason: null,
+  };
 }
 
 /** Of a delete and a restore that start together at least one sees the other, because each claims its row first. */
@@ -76,10 +85,12 @@ async function prepare(parts: {
   run: ActiveRun;
   point: PointManifest;
   request: RestoreRunRequest;
+  machine: MachineRestore | null;
 }): Promise<DiskRestore[]> {
-  const { context, run, point, request } = parts;
+  const { context, run, point, request, machine } = parts;
   const forbiddenDirectories = await forbiddenTargets(context);
-  const restores = request.disks.map((wanted): DiskRestore => {
+  const overwrite = machine?.isInPlace ?? request.overwrite;
+  const restores = (machine?.disks ?? request.disks).map((wanted): DiskRestore => {
     const entry = point.disks.find(({ diskId }) => diskId === wanted.diskId);
     if (entry === undefined) {
       throw new AppError('INVALID_INPUT', `point ${point.pointId} has no disk ${wanted.diskId}`, {
@@ -95,7 +106,7 @@ async function prepare(parts: {
       wanted,
       entry,
       target,
-      options: { sizeBytes: entry.sizeBytes, overwrite: request.overwrite, signal: run.signal },
+      options: { sizeBytes: entry.sizeBytes, overwrite, signal: run.signal },
     };
   });
   for (const { target, options } of restores) await target.check(options);
@@ -117,30 +128,18 @@ async function requireApart(restores: readonly DiskRestore[]): Promise<void> {
   }
 }
 
-async function forbiddenTargets(context: EngineContext): Promise<string[]> {
-  const directories = [context.stateDirectory, context.runtimeDirectory];
-  let cursor: string | null = null;
-  do {
-    const page = await context.db.repositories.list({ limit: 100, cursor });
-    directories.push(...page.rows.map(({ root }) => root));
-    cursor = page.nextCursor;
-  } while (cursor !== null);
-  return directories;
-}
-
-async function restoreDisk(parts: {
+async function copyDisk(parts: {
   context: EngineContext;
   run: ActiveRun;
   repository: Repository;
   point: PointManifest;
   restore: DiskRestore;
+  target: OpenTarget;
   request: RestoreRunRequest;
 }): Promise<RestoredDisk> {
-  const { context, run, repository, point, restore, request } = parts;
+  const { context, run, repository, point, restore, target, request } = parts;
   const { entry } = restore;
   const chain = await repository.openChain(point, entry.diskId);
-  await using cleanup = new CleanupStack();
-  const target: OpenTarget = cleanup.use(await restore.target.open(restore.options));
   const copied = await copyChain({
     chain,
     sink: target.sink,
@@ -153,7 +152,6 @@ async function restoreDisk(parts: {
       run.updateDisk(entry.diskId, { totalBytes, bytesRead, bytesWritten, bytesZeroed, bytesSkipped });
     },
   });
-  await target.complete();
   if (copied.damagedBytes > 0) {
     run.log('warning', {
       code: 'LAYER_CORRUPT',
@@ -177,11 +175,4 @@ async function restoreDisk(parts: {
     bytesWritten: copied.bytesWritten,
     damagedBytes: copied.damagedBytes,
   };
-}
-
-/** What a restore that died left beside its file targets; found by the run id in the name. */
-export async function removeRestoreLeftovers(runId: string, request: RestoreRunRequest): Promise<void> {
-  for (const { target } of request.disks) {
-    if (target.kind === 'file') await rm(partialPath(target.path, runId), { force: true });
-  }
 }

@@ -8,7 +8,16 @@ import type {
 import type { ErrorCode } from '../lib/errors.js';
 import type { DiskId, LayerId, PointId, RepositoryId, RunId, TokenId, VmId } from '../lib/id.js';
 import type { HashAlgorithm } from '../nbd/index.js';
-import type { DiskSource } from '../source/source.js';
+import type {
+  ConsistencyWish,
+  DiskFacts,
+  DiskSource,
+  MachineRecord,
+  SkipCode,
+  VmSource,
+  VmState,
+} from '../source/source.js';
+import type { MachineTargetSpec, RestoredMachine } from '../target/machine-target.js';
 import type { TargetSpec } from '../target/target.js';
 
 /** One page of a list; `nextCursor` is null on the last. Cursors are opaque. */
@@ -44,13 +53,28 @@ export interface DiskView {
   sizeBytes: number;
   /** Null for a disk known only from a repository: it can be restored, not backed up. */
   source: DiskSource | null;
+  /** What discovery found; null for a disk that was recorded by hand. */
+  facts: DiskFacts | null;
 }
 
 export interface VmView {
   id: VmId;
   name: string;
   createdAt: string;
+  /** The machine at its hypervisor; null where the disks stand for themselves. */
+  machine: MachineView | null;
   disks: DiskView[];
+}
+
+/** A machine as its hypervisor showed it last. */
+export interface MachineView {
+  source: VmSource;
+  /** False when the hypervisor does not know it any more. */
+  isPresent: boolean;
+  state: VmState;
+  seenAt: string;
+  /** Checkpoints or bitmaps of Holdfast's form at the source; `holdfast vm release` removes ours. */
+  changeRecords: MachineRecord[];
 }
 
 export type RunKind = 'backup' | 'restore' | 'check' | 'rescan' | 'delete';
@@ -114,8 +138,17 @@ export type RunRequest =
       type: BackupType;
       bitmaps: { diskId: DiskId; name: string; sincePointId: PointId }[];
       bytesPerSecond: number;
+      consistency: ConsistencyWish;
+      disks: DiskChoice;
     }
-  | { kind: 'restore'; disks: RestoreDisk[]; overwrite: boolean; acceptDamage: boolean }
+  | {
+      kind: 'restore';
+      disks: RestoreDisk[];
+      overwrite: boolean;
+      acceptDamage: boolean;
+      /** The whole machine; its disks' places are decided when the run starts. */
+      machine: MachineTargetSpec | null;
+    }
   | { kind: 'check'; content: boolean; pointId: PointId | null; vmId: VmId | null }
   | { kind: 'rescan' }
   | { kind: 'delete' };
@@ -125,6 +158,7 @@ export type RunResult =
   | {
       kind: 'restore';
       disks: { diskId: DiskId; target: TargetSpec; bytesWritten: number; damagedBytes: number }[];
+      machine: RestoredMachine | null;
     }
   | { kind: 'check'; report: CheckReport }
   | { kind: 'rescan'; vms: number; points: number }
@@ -134,6 +168,38 @@ export interface RestoreDisk {
   diskId: DiskId;
   target: TargetSpec;
 }
+
+/**
+ * Which disks of a VM, by id, name, target or serial. An empty `include` means all that discovery did not
+ * leave out; a disk named there is taken although the machine's metadata opts it out.
+ */
+export interface DiskChoice {
+  include: string[];
+  exclude: string[];
+}
+
+/** What a backup would do with a disk, before anything is done. */
+export interface DiskEstimate {
+  diskId: DiskId;
+  diskName: string;
+  sizeBytes: number;
+  /** Null for a disk that would be left out. */
+  method: CaptureMethod | null;
+  reason: { code: CaptureReason['code'] | SkipReasonCode; sentence: string };
+  /** What would be read at the source, null where nobody can tell before. */
+  bytes: number | null;
+}
+
+export interface BackupEstimate {
+  vmId: VmId;
+  repositoryId: RepositoryId;
+  disks: DiskEstimate[];
+  /** Null when it is not known of every disk. */
+  totalBytes: number | null;
+}
+
+/** Why a disk is not part of a run. */
+export type SkipReasonCode = SkipCode | 'EXCLUDED' | 'NOT_INCLUDED' | 'ABSENT';
 
 export type BackupType = 'full' | 'incremental' | 'auto';
 

@@ -2,12 +2,14 @@ import path from 'node:path';
 import type { BackingChain, PointManifest } from '../../repository/index.js';
 import type { DiskRow, LayerRow, PointRow, RunRow, VmRow } from '../db/database.js';
 import { AppError, toAppError, type ErrorCode } from '../lib/errors.js';
-import { parseDiskSource } from '../source/disk-source.js';
+import { parseDiskSource, parseVmSource } from '../source/disk-source.js';
+import type { DiskFacts, VmFacts } from '../source/source.js';
 import type {
   BackupView,
   ChainView,
   DiskView,
   LayerView,
+  MachineView,
   RunError,
   RunKind,
   RunProgress,
@@ -20,6 +22,13 @@ import type {
 } from './types.js';
 
 export const NO_PROGRESS: RunProgress = { share: null, bytesPerSecond: 0, etaSeconds: null, disks: [] };
+
+/** What runs had before these fields were there, by kind. */
+const OLDER_REQUESTS: Record<string, Partial<RunRequest>> = {
+  backup: { consistency: 'prefer', disks: { include: [], exclude: [] } },
+  restore: { machine: null },
+};
+const OLDER_RESULTS: Record<string, Partial<RunResult>> = { restore: { machine: null } };
 
 export function toRunError(error: unknown): RunError {
   const { code, message, remedy, details } = toAppError(error);
@@ -51,8 +60,8 @@ export function toRunView(row: RunRow, facts: { nowMs: number; stalledAfterMs: n
     isCancelRequested: row.cancelRequested,
     progress: (row.progress ?? NO_PROGRESS) as RunProgress,
     error: row.error as RunError | null,
-    request: row.request as RunRequest,
-    result: row.result as RunResult | null,
+    request: { ...OLDER_REQUESTS[row.kind], ...(row.request as RunRequest) },
+    result: row.result === null ? null : { ...OLDER_RESULTS[row.kind], ...(row.result as RunResult) },
   };
 }
 
@@ -64,11 +73,24 @@ export function toDiskView(row: DiskRow): DiskView {
     name: row.name,
     sizeBytes: row.sizeBytes,
     source: row.source === null ? null : parseDiskSource(row.source),
+    facts: row.facts as DiskFacts | null,
   };
 }
 
 export function toVmView(row: VmRow): VmView {
-  return { id: row.id, name: row.name, createdAt: row.createdAt, disks: row.disks.map(toDiskView) };
+  return {
+    id: row.id,
+    name: row.name,
+    createdAt: row.createdAt,
+    machine: toMachineView(row),
+    disks: row.disks.map(toDiskView),
+  };
+}
+
+/** Source and facts are written together. */
+function toMachineView(row: VmRow): MachineView | null {
+  const source = parseVmSource(row.source);
+  return source === null ? null : { source, ...(row.facts as VmFacts) };
 }
 
 export function toBackupView(row: PointRow): BackupView {

@@ -6,7 +6,9 @@ import { parseDiskSource } from '../source/disk-source.js';
 import { openSource } from '../source/open-source.js';
 import { audit } from './audit.js';
 import type { EngineContext } from './context.js';
+import { sourceOptions } from './follow-machine.js';
 import type { Actor, Engine, NewVm } from './engine.js';
+import { requireVm } from './machine-use-cases.js';
 import { toVmView } from './views.js';
 
 type VmUseCases = Pick<Engine, 'addVm' | 'listVms' | 'getVm' | 'removeVm'>;
@@ -27,7 +29,15 @@ export function createVmUseCases(context: EngineContext): VmUseCases {
       for (const [index, disk] of input.disks.entries()) {
         disks.push(await probeDisk(context, { vmId, number: index + 1, ...disk }));
       }
-      const row: VmRow = { id: vmId, name: input.name, createdAt: toTimestamp(context.clock.nowMs()), disks };
+      const row: VmRow = {
+        id: vmId,
+        name: input.name,
+        createdAt: toTimestamp(context.clock.nowMs()),
+        sourceKey: null,
+        source: null,
+        facts: null,
+        disks,
+      };
       await db.vms.insert(row);
       await audit(context, actor, { action: 'vm.add', subject: vmId, details: { name: input.name } });
       return toVmView(row);
@@ -37,9 +47,7 @@ export function createVmUseCases(context: EngineContext): VmUseCases {
       return { items: rows.map(toVmView), nextCursor };
     },
     async getVm(id) {
-      const row = await db.vms.get(id);
-      if (row === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${id}`);
-      return toVmView(row);
+      return toVmView(await requireVm(context, id));
     },
     async removeVm(id, actor) {
       await db.vms.remove(id);
@@ -87,14 +95,19 @@ async function probeDisk(
   context: EngineContext,
   disk: { vmId: VmId; number: number; name: string; source: unknown },
 ): Promise<DiskRow> {
+  const { vmId, number, name } = disk;
   const id = newId<DiskId>(context.clock.nowMs());
-  const config = parseDiskSource(disk.source);
-  const source = openSource(config, {
-    diskId: id,
-    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: 'probe' },
-    limits: context.settings.nbd,
-  });
-  const { sizeBytes, lineage } = await source.probe({ signal: AbortSignal.timeout(PROBE_TIMEOUT_MS) });
-  if (sizeBytes === 0) throw new AppError('INVALID_INPUT', `disk ${disk.name} is empty (0 bytes)`);
-  return { id, vmId: disk.vmId, number: disk.number, name: disk.name, sizeBytes, lineage, source: config };
+  const source = parseDiskSource(disk.source);
+  const signal = AbortSignal.timeout(PROBE_TIMEOUT_MS);
+  const probes = await openSource(null, sourceOptions(context, 'probe')).probe(
+    [{ diskId: id, name, source }],
+    {
+      signal,
+    },
+  );
+  const probe = probes.get(id);
+  if (probe === undefined) throw new AppError('INTERNAL', `the source said nothing of disk ${name}`);
+  const { sizeBytes, lineage } = probe;
+  if (sizeBytes === 0) throw new AppError('INVALID_INPUT', `disk ${name} is empty (0 bytes)`);
+  return { id, vmId, number, name, sizeBytes, lineage, source, facts: null };
 }

@@ -113,9 +113,26 @@ export const ERROR_CATALOGUE = {
   SOURCE_SIZE_MISMATCH: {
     retryable: false,
     remedy:
-      'The size differs from what was recorded; refresh the disk with `holdfast vm show` and run again.',
+      'The size differs from what was recorded; ask for the machine anew with `holdfast vm discover` and run again.',
   },
   SOURCE_FORMAT: { retryable: false, remedy: 'State the right image format; Holdfast never guesses one.' },
+  SOURCE_BUSY: {
+    retryable: true,
+    remedy: 'Another backup, migration or block job runs on the machine; wait for it to end.',
+  },
+  SNAPSHOT_LOST: {
+    retryable: true,
+    remedy:
+      'The machine changed its state or its hypervisor ended the backup job; nothing was kept of the run.',
+  },
+  SCRATCH_FULL: {
+    retryable: false,
+    remedy: 'Give snapshot.scratchDirectory more room, or back up when the guest writes less.',
+  },
+  FREEZE_FAILED: {
+    retryable: false,
+    remedy: 'Check the guest agent in the guest, or allow a crash-consistent backup with consistency prefer.',
+  },
   BITMAP_MISSING: { retryable: false, remedy: 'Run with type auto or full; a full backup needs no bitmap.' },
   BITMAP_INCONSISTENT: {
     retryable: false,
@@ -208,9 +225,13 @@ export class AppError extends Error {
   }
 }
 
-/** Any thrown value as an AppError; what is not one already becomes INTERNAL with the value as its cause. */
+/**
+ * Any thrown value as an AppError; what is not one already becomes INTERNAL with the value as its cause. Of a
+ * failure whose cleanup failed too (`await using` makes a SuppressedError of them), the first one counts.
+ */
 export function toAppError(error: unknown): AppError {
   if (error instanceof AppError) return error;
+  if (error instanceof Error && 'suppressed' in error) return toAppError(error.suppressed);
   const message = error instanceof Error ? error.message : String(error);
   return new AppError('INTERNAL', message, { cause: error });
 }

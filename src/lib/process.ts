@@ -29,6 +29,8 @@ export interface ToolOptions {
   cwd?: string;
   /** Written to standard input; the way to hand over a secret. */
   input?: string;
+  /** An open file that the tool gets as its standard input, instead of `input`. */
+  stdinFd?: number;
   /** Called with each chunk of standard output while the tool runs, e.g. for `qemu-img -p`. */
   onOutput?: (chunk: string) => void;
   /** Exit codes that are answers, not failures. Default: only 0. */
@@ -81,7 +83,7 @@ export async function runTool(
     maxBuffer: 64 * 1024 * 1024,
     ...(options.signal === undefined ? {} : { cancelSignal: options.signal }),
     ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
-    ...(options.input === undefined ? { stdin: 'ignore' as const } : { input: options.input }),
+    ...(options.input === undefined ? { stdin: options.stdinFd ?? ('ignore' as const) } : { input: options.input }),
   });
   if (options.onOutput !== undefined) {
     const listener = options.onOutput;
@@ -312,5 +314,66 @@ function superviseServer(
     },
     stop,
     [Symbol.asyncDispose]: stop,
+  };
+}
+
+/** A running child that is told things on its standard input and may outlive us. */
+export interface DetachedChild {
+  readonly pid: number;
+  /** Settles when the child has ended, however it ended; never rejects. */
+  readonly exited: Promise<{ exitCode: number | undefined; signal: string | undefined }>;
+  /** The last it is told: writes `text` and closes its standard input. Told after its end, nothing happens. */
+  end(text: string): void;
+  kill(): void;
+}
+
+/**
+ * Starts a child that is there for the case that this process dies: it leads a session of its own, has no
+ * parent-death signal and stands in no registry, so nothing of ours ends it. It sees our end as the end of
+ * its standard input, and must have a limit of its own. Resolves when it has written its first output;
+ * rejects with ToolError when it ends before, TIMEOUT when it is too late.
+ */
+export async function startDetached(
+  tool: string,
+  args: readonly string[],
+  options: { readyTimeoutMs: number },
+): Promise<DetachedChild> {
+  const child = execa(tool, args, {
+    env: TOOL_ENV(),
+    extendEnv: false,
+    reject: false,
+    ...NO_SIGNAL_HANDLER,
+    detached: true,
+    stdin: 'pipe',
+    stderr: 'ignore',
+    buffer: false,
+    cwd: '/',
+  });
+  const exited = child.then(({ exitCode, signal, cause }) => ({ exitCode, signal, cause }));
+  const started = new Promise<void>((resolve, reject) => {
+    child.stdout.once('data', () => {
+      resolve();
+    });
+    void exited.then(({ cause, ...facts }) => {
+      reject(new ToolError(tool, { ...facts, stderrTail: '' }, cause));
+    });
+  });
+  try {
+    await withDeadline(started, { timeoutMs: options.readyTimeoutMs, what: `${tool} becoming ready` });
+  } catch (error) {
+    child.kill('SIGKILL');
+    throw error;
+  }
+  return {
+    get pid() {
+      return child.pid ?? -1;
+    },
+    exited,
+    end: (text) => {
+      child.stdin.end(text);
+    },
+    kill: () => {
+      child.kill('SIGKILL');
+    },
   };
 }

@@ -1,6 +1,6 @@
 import { z } from 'zod';
 import { parseNbdUri } from '../nbd/uri.js';
-import type { DiskSource } from './source.js';
+import type { DiskSource, VmSource } from './source.js';
 
 const changeTracking = z.enum(['auto', 'bitmap', 'compare']);
 /** A NUL would cut a path short in C. */
@@ -29,7 +29,24 @@ const imageSchema = z.strictObject({
   changeTracking: changeTracking.default('auto'),
 });
 
-const schema = z.discriminatedUnion('kind', [nbdSchema, imageSchema]);
+const machineDiskSchema = z.strictObject({
+  kind: z.enum(['libvirt', 'qemu']),
+  target: z.string().min(1).max(255),
+  serial: z.string().max(255).nullable(),
+  changeTracking: changeTracking.default('auto'),
+});
+
+const schema = z.discriminatedUnion('kind', [nbdSchema, imageSchema, machineDiskSchema]);
+
+const vmSchema = z.discriminatedUnion('kind', [
+  z.strictObject({ kind: z.literal('libvirt'), uri: z.string().min(1).max(1024), uuid: z.uuid() }),
+  z.strictObject({ kind: z.literal('qemu'), socket: absolutePath, agentSocket: absolutePath.nullable() }),
+]);
+
+/** Parses a stored source of a VM; null for one whose disks stand for themselves. */
+export function parseVmSource(value: unknown): VmSource | null {
+  return value === null ? null : vmSchema.parse(value);
+}
 
 /** Parses a stored or received source; throws zod's error, or NBD_URI_INVALID. */
 export function parseDiskSource(value: unknown): DiskSource {

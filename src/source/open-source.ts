@@ -1,28 +1,36 @@
-import type { DiskId } from '../lib/id.js';
-import type { ServerPlace } from '../nbd/qemu-nbd.js';
-import { openImageSource } from './image/image-source.js';
-import { openNbdSource } from './nbd/nbd-source.js';
-import type { DiskSource, Source } from './source.js';
+import { openDisksSource } from './disks-source.js';
+import { discoverDomains } from './libvirt/discover.js';
+import { openLibvirtSource } from './libvirt/libvirt-source.js';
+import { openQemuSource } from './qemu/qemu-source.js';
+import type { SourceOptions } from './source-settings.js';
+import type { DiscoveredVm, MachineSource, Source, VmSource } from './source.js';
 
-export interface SourceLimits {
-  connections: number;
-  connectTimeoutMs: number;
-  requestTimeoutMs: number;
+/** The source of a VM: its hypervisor where it has one, else its disks for themselves. Touches nothing yet. */
+export function openSource(source: VmSource | null, options: SourceOptions): Source {
+  return source === null ? openDisksSource(options) : openMachineSource(source, options);
 }
 
-/** The source of one disk by its kind. Rejects what is malformed; touches nothing yet. */
-export function openSource(
-  config: DiskSource,
-  options: { diskId: DiskId; place: ServerPlace; limits: SourceLimits },
-): Source {
-  switch (config.kind) {
-    case 'nbd':
-      return openNbdSource(config, { diskId: options.diskId, ...options.limits });
-    case 'image':
-      return openImageSource(config, {
-        diskId: options.diskId,
-        connections: options.limits.connections,
-        ...options.place,
-      });
+/** The source of a machine at its hypervisor. */
+export function openMachineSource(source: VmSource, options: SourceOptions): MachineSource {
+  switch (source.kind) {
+    case 'libvirt':
+      return openLibvirtSource(source, options);
+    case 'qemu':
+      return openQemuSource(source, options);
   }
+}
+
+/** Where machines are looked for. `names` empty: all of a libvirt connection. */
+export type DiscoveryPlace =
+  | { kind: 'libvirt'; uri: string; names: string[] }
+  | { kind: 'qemu'; socket: string; agentSocket: string | null };
+
+/** The machines of a hypervisor as they are now; named ones that are not there are left out. */
+export async function discoverMachines(
+  place: DiscoveryPlace,
+  options: SourceOptions,
+  signal: AbortSignal,
+): Promise<DiscoveredVm[]> {
+  if (place.kind === 'qemu') return [await openMachineSource(place, options).discover({ signal })];
+  return discoverDomains(place.uri, { names: place.names, options, signal });
 }

@@ -1,4 +1,4 @@
-import { link, lstat, open, realpath, rename, rm, truncate } from 'node:fs/promises';
+import { link, lstat, open, realpath, rename, rm, truncate, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { CleanupStack } from '../lib/cleanup.js';
 import { AppError, errnoOf } from '../lib/errors.js';
@@ -117,7 +117,7 @@ async function openQcow2(
 }
 
 /** The directory is resolved first, so that a link cannot lead into a forbidden place. */
-async function requireAllowed(file: string, forbidden: readonly string[]): Promise<void> {
+export async function requireAllowed(file: string, forbidden: readonly string[]): Promise<void> {
   if (!path.isAbsolute(file) || file.includes('\u0000')) {
     throw new AppError('INVALID_INPUT', 'the path of a target must be absolute', {
       details: { field: 'path' },
@@ -135,7 +135,8 @@ async function requireAllowed(file: string, forbidden: readonly string[]): Promi
   }
 }
 
-async function requireFree(file: string, overwrite: boolean): Promise<void> {
+/** TARGET_EXISTS when something is there that is not a file, or may not be overwritten. */
+export async function requireFree(file: string, overwrite: boolean): Promise<void> {
   try {
     const facts = await lstat(file);
     if (!facts.isFile()) {
@@ -150,6 +151,21 @@ async function requireFree(file: string, overwrite: boolean): Promise<void> {
 async function createEmpty(partial: string): Promise<void> {
   const handle = await asTargetError(open(partial, 'wx', 0o600));
   await handle.close();
+}
+
+/** A small file in one step, as a disk's appears: complete and synced under its name, mode 0600, or not at all. */
+export async function placeFile(
+  spec: { path: string; content: Buffer },
+  options: { owner: string; overwrite: boolean },
+): Promise<void> {
+  const partial = partialPath(spec.path, options.owner);
+  await using undo = new CleanupStack();
+  await createEmpty(partial);
+  undo.defer(() => rm(partial, { force: true }));
+  await asTargetError(writeFile(partial, spec.content));
+  await syncPath(partial);
+  await appear(partial, spec.path, options.overwrite);
+  await syncPath(path.dirname(spec.path));
 }
 
 /** Without overwrite a link(2) fails when somebody made the file meanwhile; a rename would replace it. */
@@ -171,7 +187,8 @@ async function syncPath(file: string): Promise<void> {
   }
 }
 
-async function asTargetError<T>(work: Promise<T>): Promise<T> {
+/** A system error of the target as an AppError: TARGET_FULL, TARGET_EXISTS, else TARGET_IO. */
+export async function asTargetError<T>(work: Promise<T>): Promise<T> {
   try {
     return await work;
   } catch (error) {

@@ -7,6 +7,7 @@ import type { components } from '../../src/api/generated.js';
 import { PROBLEMS } from '../../src/api/problem.js';
 import { loadSpec } from '../../src/api/spec.js';
 import type * as views from '../../src/engine/types.js';
+import type { SkipCode } from '../../src/source/source.js';
 import { ERROR_CATALOGUE, ERROR_CODES } from '../../src/lib/errors.js';
 import { FakeEngine } from './fake-engine.js';
 
@@ -100,6 +101,12 @@ type Schemas = components['schemas'];
 test('the views of the engine and the schemas have the same keys, so that no answer fails its schema', () => {
   expectTypeOf<KeysDeep<views.RepositoryView>>().toEqualTypeOf<KeysDeep<Schemas['Repository']>>();
   expectTypeOf<KeysDeep<views.VmView>>().toEqualTypeOf<KeysDeep<Schemas['Vm']>>();
+  expectTypeOf<KeysDeep<views.DiskView>>().toEqualTypeOf<KeysDeep<Schemas['Disk']>>();
+  expectTypeOf<KeysDeep<views.BackupEstimate>>().toEqualTypeOf<KeysDeep<Schemas['BackupEstimate']>>();
+  expectTypeOf<views.DiskEstimate['reason']['code']>().toEqualTypeOf<
+    Schemas['DiskEstimate']['reason']['code']
+  >();
+  expectTypeOf<SkipCode>().toEqualTypeOf<Schemas['DiskSkip']['code']>();
   expectTypeOf<KeysDeep<views.BackupView>>().toEqualTypeOf<KeysDeep<Schemas['Backup']>>();
   expectTypeOf<KeysDeep<views.ChainView>>().toEqualTypeOf<KeysDeep<Schemas['Chain']>>();
   expectTypeOf<KeysDeep<views.BackupStats>>().toEqualTypeOf<KeysDeep<Schemas['BackupStats']>>();

@@ -2,8 +2,10 @@ import { EventEmitter, on } from 'node:events';
 import type {
   Actor,
   BackupRequest,
+  DiscoverRequest,
   Engine,
   IdempotencyKey,
+  MachineRestoreRequest,
   NewRepository,
   NewVm,
   RestoreRequest,
@@ -11,9 +13,11 @@ import type {
 } from '../../src/engine/engine.js';
 import {
   ENDED_STATES,
+  type BackupEstimate,
   type BackupView,
   type ChainView,
   type ComponentHealth,
+  type DiskView,
   type DoctorFinding,
   type Page,
   type PageRequest,
@@ -34,7 +38,7 @@ import {
   type TokenId,
   type VmId,
 } from '../../src/lib/id.js';
-import { find, FOUND, GIB, newPoint, NOW, pageOf, WELL } from './fake-views.js';
+import { discover, estimate, find, FOUND, GIB, newPoint, NOW, pageOf, release, WELL } from './fake-views.js';
 
 /** The use cases in memory: runs stand still until a test moves them with `moveRun`. */
 export class FakeEngine implements Engine {
@@ -133,8 +137,9 @@ export class FakeEngine implements Engine {
       name: disk.name,
       sizeBytes: 8 * GIB,
       source: disk.source,
+      facts: null,
     }));
-    const view = { id, name: input.name, createdAt: NOW, disks };
+    const view = { id, name: input.name, createdAt: NOW, machine: null, disks };
     this.vms.push(view);
     return view;
   }
@@ -149,6 +154,23 @@ export class FakeEngine implements Engine {
     this.vms.splice(this.vms.indexOf(await this.getVm(id)), 1);
   }
 
+  async discoverVms(input: DiscoverRequest): Promise<VmView[]> {
+    this.requests.push(input);
+    const found = discover(input);
+    this.vms.push(...found);
+    return found;
+  }
+  async listVmDisks(id: VmId): Promise<DiskView[]> {
+    return (await this.getVm(id)).disks;
+  }
+  async releaseVm(id: VmId): Promise<{ removed: string[]; kept: string[] }> {
+    return release(await this.getVm(id));
+  }
+
+  async estimateBackup(input: Parameters<Engine['estimateBackup']>[0]): Promise<BackupEstimate> {
+    this.requests.push(input);
+    return estimate(find(this.vms, input.vmId, 'virtual machine'), input.repositoryId);
+  }
   async requestBackup(input: BackupRequest): Promise<RunView> {
     this.requests.push(input);
     find(this.vms, input.vmId, 'virtual machine');
@@ -158,9 +180,11 @@ export class FakeEngine implements Engine {
         details: { runId: active.id },
       });
     }
-    const { type, bitmaps, bytesPerSecond, vmId, repositoryId } = input;
-    const pointId = newId<PointId>();
-    return this.#addRun({ kind: 'backup', type, bitmaps, bytesPerSecond }, { vmId, repositoryId, pointId });
+    const { type, bitmaps, bytesPerSecond, consistency, disks, vmId, repositoryId } = input;
+    return this.#addRun(
+      { kind: 'backup', type, bitmaps, bytesPerSecond, consistency, disks },
+      { vmId, repositoryId, pointId: newId<PointId>() },
+    );
   }
   async listBackups(
     filter: { vmId?: VmId | undefined; repositoryId?: RepositoryId | undefined },
@@ -223,8 +247,17 @@ export class FakeEngine implements Engine {
     const point = await this.getBackup(input.pointId);
     const { disks, overwrite, acceptDamage } = input;
     return this.#addRun(
-      { kind: 'restore', disks, overwrite, acceptDamage },
+      { kind: 'restore', disks, overwrite, acceptDamage, machine: null },
       { vmId: point.vmId, pointId: point.id },
+    );
+  }
+  async requestMachineRestore(input: MachineRestoreRequest): Promise<RunView> {
+    this.requests.push(input);
+    const { id: pointId, vmId } = await this.getBackup(input.pointId);
+    const { machine, acceptDamage } = input;
+    return this.#addRun(
+      { kind: 'restore', disks: [], overwrite: false, acceptDamage, machine },
+      { vmId, pointId },
     );
   }
 

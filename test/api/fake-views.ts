@@ -1,13 +1,26 @@
+import type { DiscoverRequest } from '../../src/engine/engine.js';
 import type {
+  BackupEstimate,
   BackupView,
   ComponentHealth,
+  DiskEstimate,
   DoctorFinding,
+  MachineView,
   Page,
   PageRequest,
   VmView,
 } from '../../src/engine/types.js';
 import { AppError } from '../../src/lib/errors.js';
-import { newId, type LayerId, type PointId, type RepositoryId, type RunId } from '../../src/lib/id.js';
+import {
+  newId,
+  type DiskId,
+  type LayerId,
+  type PointId,
+  type RepositoryId,
+  type RunId,
+  type VmId,
+} from '../../src/lib/id.js';
+import type { DiskFacts } from '../../src/source/source.js';
 
 export const NOW = '2026-11-21T09:00:00.000Z';
 export const GIB = 1024 ** 3;
@@ -31,6 +44,77 @@ export function find<T extends { id: string }>(items: T[], id: string, what: str
   const item = items.find((candidate) => candidate.id === id);
   if (item === undefined) throw new AppError('NOT_FOUND', `there is no ${what} with this id`);
   return item;
+}
+
+const INCREMENTAL = { isPossible: true, reason: null };
+const RAW = { isPossible: false, reason: 'a raw image holds no bitmaps' };
+
+/** Every domain that is asked for by name is there, but for one called `absent`. */
+export function discover(input: DiscoverRequest): VmView[] {
+  if (input.kind === 'qemu') return [newMachine('machine', input)];
+  if (input.names.includes('absent')) throw new AppError('NOT_FOUND', `${input.uri} has no domain absent`);
+  return input.names.map((name) => newMachine(name, input));
+}
+
+/** A discovered machine: a disk, one that can have no record of changes, and a CD-ROM that is left out. */
+function newMachine(name: string, place: DiscoverRequest): VmView {
+  const id = newId<VmId>();
+  const { kind } = place;
+  const facts: DiskFacts[] = [
+    { ...FACTS, target: 'vda', serial: 'WD-1', incremental: INCREMENTAL },
+    { ...FACTS, target: 'vdb', serial: null, format: 'raw', incremental: RAW },
+    {
+      ...{ ...FACTS, target: 'sda', serial: null, format: 'raw', incremental: RAW },
+      skip: { code: 'REMOVABLE', sentence: 'it is a CD-ROM' },
+    },
+  ];
+  const disks = facts.map((found, number) => ({
+    ...{ id: newId<DiskId>(), vmId: id, number, name: found.target, sizeBytes: 8 * GIB, facts: found },
+    source: { kind, target: found.target, serial: found.serial, changeTracking: 'auto' as const },
+  }));
+  const machine: MachineView = {
+    source:
+      place.kind === 'libvirt'
+        ? { kind: 'libvirt', uri: place.uri, uuid: '7f0d0a52-6a3f-4c0e-9a58-000000000001' }
+        : place,
+    isPresent: true,
+    state: 'running',
+    seenAt: NOW,
+    changeRecords: [],
+  };
+  return { id, name, createdAt: NOW, machine, disks };
+}
+
+const FACTS = { isPresent: true, format: 'qcow2', location: '/images/disk', skip: null };
+
+/** Records that are broken pass for those of another appliance. */
+export function release({ machine }: VmView): { removed: string[]; kept: string[] } {
+  const records = machine?.changeRecords ?? [];
+  const names = (isBroken: boolean) =>
+    records.filter((one) => one.isBroken === isBroken).map(({ name }) => name);
+  return { removed: names(false), kept: names(true) };
+}
+
+/** The first disk would be a full, the second compared, the others left out. */
+export function estimate(vm: VmView, repositoryId: RepositoryId): BackupEstimate {
+  const disks = vm.disks.map((disk, index): DiskEstimate => {
+    const head = { diskId: disk.id, diskName: disk.name, sizeBytes: disk.sizeBytes };
+    if (index === 0) {
+      const reason = { code: 'FIRST_POINT' as const, sentence: 'There is no point to stand on.' };
+      return { ...head, method: 'full', reason, bytes: GIB };
+    }
+    if (index === 1) {
+      const reason = { code: 'NO_CHANGE_RECORD' as const, sentence: 'A raw image keeps no record.' };
+      return { ...head, method: 'compare', reason, bytes: null };
+    }
+    return {
+      ...head,
+      method: null,
+      reason: { code: 'REMOVABLE', sentence: 'It is a CD-ROM.' },
+      bytes: null,
+    };
+  });
+  return { vmId: vm.id, repositoryId, disks, totalBytes: null };
 }
 
 /** A committed point of the machine, every disk full. */

@@ -1,4 +1,5 @@
 import { request as httpRequest } from 'node:http';
+import type { Clock } from '../../src/lib/clock.js';
 import { silentLogger, type Logger } from '../../src/lib/log.js';
 import { startApi, type ApiConfig, type ApiServer } from '../../src/api/index.js';
 import { FakeEngine } from './fake-engine.js';
@@ -27,13 +28,14 @@ export interface Answer {
 }
 
 export async function startFixture(
-  options: { logger?: Logger; config?: Partial<ApiConfig> } = {},
+  options: { logger?: Logger; clock?: Clock; config?: Partial<ApiConfig> } = {},
 ): Promise<ApiFixture> {
   const engine = new FakeEngine();
   const token = engine.addToken('test');
   const server = await startApi({
     engine,
     logger: options.logger ?? silentLogger(),
+    ...(options.clock === undefined ? {} : { clock: options.clock }),
     config: { listen: { host: '127.0.0.1', port: 0 }, maxBodyBytes: 1024 * 1024, ...options.config },
   });
   return {

@@ -94,7 +94,10 @@ describe('backups', () => {
     expect(first.status).toBe(202);
     const run = first.json as RunView;
     expect(first.headers.get('location')).toBe(`/api/v1/runs/${run.id}`);
-    expect(run.request).toEqual({ kind: 'backup', type: 'auto', bitmaps: [], bytesPerSecond: 0 });
+    expect(run.request).toEqual({
+      ...{ kind: 'backup', type: 'auto', bitmaps: [], bytesPerSecond: 0, consistency: 'prefer' },
+      disks: { include: [], exclude: [] },
+    });
     const second = await api.call('POST', '/api/v1/backups', { body });
     expect(second.status).toBe(409);
     expect(second.json).toMatchObject({ code: 'RUN_ACTIVE', runId: run.id, details: { runId: run.id } });

@@ -124,7 +124,7 @@ describe('vm', () => {
     const vm = await addVm(cli);
     await addVm(cli, 'web-02');
     const list = await cli.run(['vm', 'list', '--limit', '1']);
-    expect(list.stdout.split('\n')[1]).toMatch(new RegExp(`^${vm.id}  web-01\\s+2  16.0 GiB  2026-11-21`));
+    expect(list.stdout.split('\n')[1]).toMatch(new RegExp(`^${vm.id}  web-01  - +2  16.0 GiB$`));
     expect(list.stderr).toBe('There is more: --cursor 1\n');
     const rest = await cli.run(['vm', 'list', '--cursor', '1', '--json']);
     expect(rest.json).toMatchObject({ items: [{ name: 'web-02' }], nextCursor: null });
@@ -153,7 +153,7 @@ describe('backup', () => {
     const vm = await addVm(cli);
     const point = cli.api.engine.addPoint(vm);
     const list = await cli.run(['backup', 'list', '--vm', 'web-01', '--repository', 'main']);
-    expect(list.stdout).toContain(`${point.id}  web-01  1  full  2026-11-21 09:00:00Z  2.0 GiB`);
+    expect(list.stdout).toContain(`${point.id}  web-01  1  full  crash        2026-11-21 09:00:00Z  2.0 GiB`);
     const show = await cli.run(['backup', 'show', point.id.toLowerCase()]);
     expect(show.stdout).toContain('There is no point to stand on.');
     const chain = await cli.run(['backup', 'chain', point.id]);
@@ -189,6 +189,8 @@ describe('backup', () => {
       type: 'incremental',
       bitmaps: [{ diskId: vm.disks[0]!.id, name: 'b@1', sincePointId }],
       bytesPerSecond: 100 * 1024 ** 2,
+      consistency: 'prefer',
+      disks: { include: [], exclude: [] },
       whenBusy: 'queue',
     });
   });
@@ -199,6 +201,7 @@ describe('backup', () => {
     [['--rate', '-1']],
     [['--bitmap', 'vda=b']],
     [['--bitmap', 'vda=b@x']],
+    [['--consistency', 'always']],
     [['--nonsense']],
   ])('run with %j is wrong usage', async (args) => {
     await addVm(cli);

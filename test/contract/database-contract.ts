@@ -1,6 +1,7 @@
 import { afterAll, beforeAll, describe, it } from 'vitest';
 import type { Database } from '../../src/db/index.js';
 import { describeIndexTables } from './database-index-contract.js';
+import { describeMachineTables } from './database-machine-contract.js';
 import { describeRunTables } from './database-run-contract.js';
 import { describeSmallTables } from './database-small-contract.js';
 
@@ -46,6 +47,7 @@ export function describeDatabase(name: string, make: () => Promise<DatabaseUnder
     });
 
     describeSmallTables(handles);
+    describeMachineTables(handles);
     describeRunTables(handles);
     describeIndexTables(handles);
   });

@@ -46,8 +46,12 @@ export function vmRow(change: Partial<VmRow> = {}, diskCount = 1): VmRow {
     sizeBytes: 2 ** 43 + index,
     lineage: `lineage ${index}`,
     source: { kind: 'nbd', uri: 'nbd://host/ä' },
+    facts: null,
   }));
-  return { id, name: `vm ${id}`, createdAt: time(0), disks, ...change };
+  return {
+    ...{ id, name: `vm ${id}`, createdAt: time(0), sourceKey: null, source: null, facts: null },
+    ...{ disks, ...change },
+  };
 }
 
 export function runRow(change: Partial<RunRow> = {}): RunRow {

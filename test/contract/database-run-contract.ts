@@ -70,6 +70,35 @@ export function describeRunTables(handles: () => DatabaseHandles): void {
       });
     });
 
+    it('lets one backup of a VM run, whatever the repository', async () => {
+      const { first } = handles();
+      const { vm, repository } = await addPair(first);
+      const { vm: otherVm, repository: otherRepository } = await addPair(first);
+      const running = await insertQueued(first, { vmId: vm.id, repositoryId: repository.id });
+      const waiting = await insertQueued(first, { vmId: vm.id, repositoryId: otherRepository.id });
+      const foreign = await insertQueued(first, { vmId: otherVm.id, repositoryId: repository.id });
+      const restore = runRow({ vmId: vm.id, repositoryId: otherRepository.id, kind: 'restore' });
+      await first.runs.insert(restore, { turn: 'none' });
+      expect(await claimAs(first, running.id)).toBe(true);
+      expect(await claimAs(first, waiting.id)).toBe(false);
+      expect(await claimAs(first, foreign.id)).toBe(true);
+      expect(await claimAs(first, restore.id)).toBe(true);
+      expect(await first.runs.end(running.id, WORKER, end)).toBe(true);
+      expect(await claimAs(first, waiting.id)).toBe(true);
+    });
+
+    it('lets one backup of a VM run when two are claimed at once', async () => {
+      const { first, second } = handles();
+      const { repository } = await addPair(first);
+      for (let round = 0; round < 10; round += 1) {
+        const { vm, repository: otherRepository } = await addPair(first);
+        const one = await insertQueued(first, { vmId: vm.id, repositoryId: repository.id });
+        const two = await insertQueued(first, { vmId: vm.id, repositoryId: otherRepository.id });
+        const claims = await Promise.all([claimAs(first, one.id), claimAs(second, two.id)]);
+        expect(claims.filter(Boolean), `round ${round}`).toHaveLength(1);
+      }
+    });
+
     it('is claimed by exactly one of many workers', async () => {
       const { first, second } = handles();
       const run = await insertQueued(first);

@@ -22,6 +22,8 @@ const head: DiskHead = {
   ancestors: [HEAD, OLDER].map((pointId) => ({ pointId, changeIdTo: bitmapNameFor(pointId) })),
 };
 
+const GIVEN = { recordKeeper: 'given', noRecordReason: null } as const;
+
 function input(change: Partial<CaptureInput> & { bitmaps?: [string, boolean][] }): CaptureInput {
   const { bitmaps = [], ...rest } = change;
   return {
@@ -32,6 +34,7 @@ function input(change: Partial<CaptureInput> & { bitmaps?: [string, boolean][] }
       sizeBytes: 1000,
       lineage: 'nbd:here',
       records: bitmaps.map(([bitmap, isInconsistent]) => ({ bitmap, isInconsistent })),
+      ...GIVEN,
     },
     head,
     damage: null,
@@ -105,15 +108,15 @@ describe('decideCapture', () => {
   });
 
   it('takes a full when the disk is another one', () => {
-    const probe = { sizeBytes: 1000, lineage: 'nbd:there', records: [] };
+    const probe = { ...GIVEN, sizeBytes: 1000, lineage: 'nbd:there', records: [] };
     expect(decideCapture(input({ probe })).reason.code).toBe('DISK_REPLACED');
   });
 
   it('takes a full when the disk shrank, an incremental when it grew', () => {
     const records = [{ bitmap: ofHead[0], isInconsistent: false }];
-    const shrunk = { sizeBytes: 999, lineage: 'nbd:here', records };
+    const shrunk = { ...GIVEN, sizeBytes: 999, lineage: 'nbd:here', records };
     expect(decideCapture(input({ probe: shrunk })).reason.code).toBe('DISK_SHRANK');
-    const grown = { sizeBytes: 1001, lineage: 'nbd:here', records };
+    const grown = { ...GIVEN, sizeBytes: 1001, lineage: 'nbd:here', records };
     expect(decideCapture(input({ probe: grown })).method).toBe('bitmap');
   });
 
@@ -133,6 +136,59 @@ describe('decideCapture', () => {
     expect(() => decideCapture(input({ type: 'incremental', ...change }))).toThrow(
       expect.objectContaining({ code }) as Error,
     );
+  });
+});
+
+describe('decideCapture with records that Holdfast makes', () => {
+  const managed = (
+    records: CaptureInput['probe']['records'],
+    change: Partial<CaptureInput> & { noRecordReason?: string } = {},
+  ): CaptureInput => {
+    const { noRecordReason = null, ...rest } = change;
+    const probe = {
+      sizeBytes: 1000,
+      lineage: 'nbd:here',
+      records,
+      recordKeeper: 'managed',
+      noRecordReason,
+    } as const;
+    return { ...input(rest), probe };
+  };
+  const good = (bitmap: string): CaptureInput['probe']['records'][number] => ({
+    bitmap,
+    isInconsistent: false,
+  });
+
+  it('counts from the record the last point began', () => {
+    const decision = decideCapture(managed([good(bitmapNameFor(OLDER)), good(bitmapNameFor(HEAD))]));
+    expect(decision).toMatchObject({ method: 'bitmap', bitmap: bitmapNameFor(HEAD) });
+    expect(decision.changeIdFrom).toBe(bitmapNameFor(HEAD));
+  });
+
+  it('does not trust an older record in its place: the disk was put back to an earlier state', () => {
+    const decision = decideCapture(managed([good(bitmapNameFor(OLDER))]));
+    expect(decision).toMatchObject({ method: 'compare', bitmap: null, reason: { code: 'BITMAP_MISSING' } });
+  });
+
+  it('counts from the older record that the last point says goes on', () => {
+    const older = bitmapNameFor(OLDER);
+    const offline = { ...head, ancestors: [{ pointId: HEAD, changeIdTo: older }] };
+    const decision = decideCapture(managed([good(older)], { head: offline }));
+    expect(decision).toMatchObject({ method: 'bitmap', bitmap: older, changeIdFrom: older });
+    expect(decision.parent?.pointId).toBe(HEAD);
+  });
+
+  it('takes a full when the record is broken, a compare with the reason when there can be none', () => {
+    const broken = decideCapture(managed([{ bitmap: bitmapNameFor(HEAD), isInconsistent: true }]));
+    expect(broken).toMatchObject({ method: 'full', reason: { code: 'BITMAP_INCONSISTENT' } });
+    const raw = decideCapture(managed([], { noRecordReason: 'raw images keep no bitmaps' }));
+    expect(raw).toMatchObject({ method: 'compare', reason: { code: 'NO_CHANGE_RECORD' } });
+    expect(raw.reason.sentence).toContain('raw images keep no bitmaps');
+  });
+
+  it('takes a full without the record when a bitmap is expected', () => {
+    const decision = decideCapture(managed([], { tracking: 'bitmap' }));
+    expect(decision).toMatchObject({ method: 'full', reason: { code: 'BITMAP_MISSING' } });
   });
 });
 

@@ -41,7 +41,7 @@ describe('recovery of runs without a heartbeat', () => {
       logger,
       applianceId: newId<ApplianceId>(),
       workerId: 'this worker',
-      settings: { runs: { ...RUNS, abandonedAfterMs: ABANDONED_AFTER_MS }, nbd: NBD },
+      settings: { runs: { ...RUNS, abandonedAfterMs: ABANDONED_AFTER_MS }, nbd: NBD, snapshot: SNAPSHOT },
       stateDirectory: directory,
       runtimeDirectory: directory,
       socketDirectory: directory,
@@ -100,6 +100,15 @@ const RUNS = {
   failStalledAfterMs: 1000,
   progressIntervalMs: 100,
 };
+const SNAPSHOT = {
+  scratchDirectory: '/nowhere',
+  scratchKeepFreePercent: 20,
+  scratchKeepFreeBytes: 1,
+  commandTimeoutMs: 1,
+  agentTimeoutMs: 1,
+  freezeLimitMs: 1,
+  cbwTimeoutMs: 1,
+};
 const NBD = {
   connectTimeoutMs: 1000,
   requestTimeoutMs: 1000,
@@ -116,6 +125,8 @@ it.each([
 ])(
   'looks often enough for a silence of %i ms and a heartbeat of %i ms',
   (abandonedAfterMs, heartbeatMs, interval) => {
-    expect(recoveryIntervalMs({ runs: { ...RUNS, abandonedAfterMs, heartbeatMs }, nbd: NBD })).toBe(interval);
+    expect(
+      recoveryIntervalMs({ runs: { ...RUNS, abandonedAfterMs, heartbeatMs }, nbd: NBD, snapshot: SNAPSHOT }),
+    ).toBe(interval);
   },
 );

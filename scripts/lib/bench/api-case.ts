@@ -63,7 +63,10 @@ function makeVm(index: number, createdAt: string): VmRow {
     sizeBytes: 2 ** 33,
     lineage: `list:${index}`,
   };
-  return { id, name: `list-${index}`, createdAt, disks: [{ ...disk, source: null }] };
+  return {
+    ...{ id, name: `list-${index}`, createdAt, sourceKey: null, source: null, facts: null },
+    disks: [{ ...disk, source: null, facts: null }],
+  };
 }
 
 function makePoint(repositoryId: RepositoryId, vm: VmRow, index: number) {

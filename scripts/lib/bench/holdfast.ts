@@ -63,7 +63,14 @@ export class BenchDaemon {
     repositoryId: string;
     type: 'full' | 'incremental';
   }): Promise<{ usage: Usage; pointId: string }> {
-    const body = { ...wanted, bitmaps: [], bytesPerSecond: 0, whenBusy: 'refuse' as const };
+    const body = {
+      ...wanted,
+      bitmaps: [],
+      bytesPerSecond: 0,
+      consistency: 'prefer' as const,
+      disks: { include: [], exclude: [] },
+      whenBusy: 'refuse' as const,
+    };
     const { usage, result } = await this.#measureRun(async () =>
       dataOf(await this.api.POST('/backups', { body })),
     );

@@ -29,12 +29,9 @@ export class SourceDisk {
     this.#socketPath = path.join(directory, 'source.sock');
   }
 
-  static async make(directory: string, size: { diskGib: number; dataGib: number }): Promise<SourceDisk> {
-    const disk = new SourceDisk(directory, Math.round(size.diskGib * GIB));
-    const raw = path.join(directory, 'source.raw');
-    await makeRaw({ path: raw, sizeBytes: disk.sizeBytes, regions: spreadRegions(size) });
-    await qemuImg(['convert', '-q', '-W', '-m', '8', '-f', 'raw', '-O', 'qcow2', raw, disk.image]);
-    await rm(raw);
+  static async make(directory: string, size: DiskSize): Promise<SourceDisk> {
+    const disk = new SourceDisk(directory, bytesOf(size));
+    await makeImage(disk.image, size);
     return disk;
   }
 
@@ -63,27 +60,47 @@ export class SourceDisk {
   /** 64 MiB of new data in 1,000 places, recorded in a new bitmap. */
   async change(bitmap: string, seed: number): Promise<void> {
     await addBitmap(this.image, bitmap);
-    const random = new SeededRandom(seed);
-    const places = new Map<number, number>();
-    let left = CHANGED_BYTES;
-    while (places.size < CHANGED_PLACES) {
-      const offset = alignDown(random.between(0, this.sizeBytes - 2 * CHANGE_BYTES), 2 * CHANGE_BYTES);
-      if (places.has(offset)) continue;
-      const more = left - (CHANGED_PLACES - places.size) * CHANGE_BYTES;
-      const length = more >= CHANGE_BYTES ? 2 * CHANGE_BYTES : CHANGE_BYTES;
-      places.set(offset, length);
-      left -= length;
-    }
-    const commands = [...places].map(
-      ([offset, length]) => `write -P ${random.between(1, 256)} ${offset} ${length}`,
-    );
+    const commands = changeCommands(this.sizeBytes, seed);
     await qemuIo({ path: this.image, format: 'qcow2', commands });
   }
 }
 
+export interface DiskSize {
+  diskGib: number;
+  dataGib: number;
+}
+
+export function bytesOf({ diskGib }: DiskSize): number {
+  return Math.round(diskGib * GIB);
+}
+
+/** A QCOW2 image with incompressible data spread over it. */
+export async function makeImage(image: string, size: DiskSize): Promise<void> {
+  const raw = `${image}.raw`;
+  await makeRaw({ path: raw, sizeBytes: bytesOf(size), regions: spreadRegions(size) });
+  await qemuImg(['convert', '-q', '-W', '-m', '8', '-f', 'raw', '-O', 'qcow2', raw, image]);
+  await rm(raw);
+}
+
+/** qemu-io commands that write 64 MiB in 1,000 places. */
+export function changeCommands(sizeBytes: number, seed: number): string[] {
+  const random = new SeededRandom(seed);
+  const places = new Map<number, number>();
+  let left = CHANGED_BYTES;
+  while (places.size < CHANGED_PLACES) {
+    const offset = alignDown(random.between(0, sizeBytes - 2 * CHANGE_BYTES), 2 * CHANGE_BYTES);
+    if (places.has(offset)) continue;
+    const more = left - (CHANGED_PLACES - places.size) * CHANGE_BYTES;
+    const length = more >= CHANGE_BYTES ? 2 * CHANGE_BYTES : CHANGE_BYTES;
+    places.set(offset, length);
+    left -= length;
+  }
+  return [...places].map(([offset, length]) => `write -P ${random.between(1, 256)} ${offset} ${length}`);
+}
+
 /** Runs of data of 64 KiB to 8 MiB with gaps between them, over the whole disk. */
-function spreadRegions(size: { diskGib: number; dataGib: number }): Region[] {
-  const diskBytes = Math.round(size.diskGib * GIB);
+function spreadRegions(size: DiskSize): Region[] {
+  const diskBytes = bytesOf(size);
   let left = alignDown(Math.round(size.dataGib * GIB), CHANGE_BYTES);
   const gapShare = (diskBytes - left) / left;
   const random = new SeededRandom(1);

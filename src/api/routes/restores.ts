@@ -6,7 +6,7 @@ import { asId, asOptionalId, asPage, type Handlers } from '../operation.js';
 /** A restore is a run of kind restore; these routes show no other. */
 export function restoreHandlers(
   engine: Engine,
-): Pick<Handlers, 'createRestore' | 'listRestores' | 'getRestore'> {
+): Pick<Handlers, 'createRestore' | 'createMachineRestore' | 'listRestores' | 'getRestore'> {
   return {
     createRestore: async ({ body, actor }) => {
       const request = {
@@ -16,6 +16,13 @@ export function restoreHandlers(
         acceptDamage: body.acceptDamage,
       };
       const run = await engine.requestRestore(request, actor);
+      return { status: 202, body: run, location: `/api/v1/runs/${run.id}` };
+    },
+    createMachineRestore: async ({ body, actor }) => {
+      const { uri, name, identity, place, format, start, acceptDamage } = body;
+      const machine = { kind: 'libvirt' as const, uri, name, identity, place, format, start };
+      const request = { pointId: asId<PointId>(body.pointId), machine, acceptDamage };
+      const run = await engine.requestMachineRestore(request, actor);
       return { status: 202, body: run, location: `/api/v1/runs/${run.id}` };
     },
     listRestores: async ({ query }) => {

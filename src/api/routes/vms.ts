@@ -1,8 +1,18 @@
-import type { Engine } from '../../engine/engine.js';
+import type { DiscoverRequest, Engine } from '../../engine/engine.js';
 import type { VmId } from '../../lib/id.js';
+import type { components } from '../generated.js';
 import { asId, asPage, type Handlers } from '../operation.js';
 
-export function vmHandlers(engine: Engine): Pick<Handlers, 'addVm' | 'listVms' | 'getVm' | 'removeVm'> {
+type Operations = 'addVm' | 'listVms' | 'getVm' | 'removeVm' | 'discoverVms' | 'listVmDisks' | 'releaseVm';
+
+/** The validator fills no defaults into a body that may have one of several forms. */
+function asDiscoverRequest(body: components['schemas']['DiscoverRequest']): DiscoverRequest {
+  return body.kind === 'libvirt'
+    ? { ...body, names: body.names ?? [] }
+    : { ...body, agentSocket: body.agentSocket ?? null };
+}
+
+export function vmHandlers(engine: Engine): Pick<Handlers, Operations> {
   return {
     addVm: async ({ body, actor }) => {
       const vm = await engine.addVm(body, actor);
@@ -14,5 +24,17 @@ export function vmHandlers(engine: Engine): Pick<Handlers, 'addVm' | 'listVms' |
       await engine.removeVm(asId<VmId>(params.id), actor);
       return { status: 204 };
     },
+    discoverVms: async ({ body, actor }) => ({
+      status: 200,
+      body: { items: await engine.discoverVms(asDiscoverRequest(body), actor) },
+    }),
+    listVmDisks: async ({ params }) => ({
+      status: 200,
+      body: { items: await engine.listVmDisks(asId<VmId>(params.id)) },
+    }),
+    releaseVm: async ({ params, actor }) => ({
+      status: 200,
+      body: await engine.releaseVm(asId<VmId>(params.id), actor),
+    }),
   };
 }

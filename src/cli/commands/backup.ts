@@ -2,19 +2,25 @@ import type { Command } from 'commander';
 import { formatBytes } from '../../lib/units.js';
 import { action, argument, collect, type CommandContext } from '../action.js';
 import { dataOf, type Api, type Schemas } from '../client.js';
-import { usageFailure } from '../failure.js';
 import { runStarted } from '../follow.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
-import { parseBitmap, parseBytes } from '../parse.js';
+import { oneOf, parseBitmap, parseBytes } from '../parse.js';
 import { formatTime } from '../render.js';
 import { findDisk, findRepository, findVm, parseId } from '../resolve.js';
+import type { Session } from '../session.js';
 import { formatFields, formatTable } from '../table.js';
 import { safeText } from '../text.js';
 
-interface RunOptions {
+interface SelectionOptions {
   repository: string;
   type: string;
   bitmap?: string[];
+  disk?: string[];
+  excludeDisk?: string[];
+}
+
+interface RunOptions extends SelectionOptions {
+  consistency: string;
   rate?: string;
   queue?: boolean;
   detach?: boolean;
@@ -23,6 +29,7 @@ interface RunOptions {
 export function addBackupCommands(program: Command, context: CommandContext): void {
   const group = program.command('backup').description('recovery points of machines');
   addRun(group, context);
+  addEstimate(group, context);
   addList(group, context);
   addShow(group, context);
   addChain(group, context);
@@ -41,44 +48,83 @@ export function addBackupCommands(program: Command, context: CommandContext): vo
   addStats(group, context);
 }
 
-function addRun(group: Command, context: CommandContext): void {
-  group
-    .command('run <vm>')
-    .description('back a machine up now, by name or id')
+/** The options that a backup and its estimate have in common. */
+function addSelection(command: Command): Command {
+  return command
     .requiredOption('--repository <repository>', 'where to, by name or id')
     .option('--type <type>', 'auto, full or incremental', 'auto')
     .option('--bitmap <bitmap>', 'DISK=BITMAP@POINT: a bitmap that began at that point; repeatable', collect)
+    .option('--disk <disk>', 'only this disk, by name, id, target or serial; repeatable', collect)
+    .option('--exclude-disk <disk>', 'not this disk; repeatable', collect);
+}
+
+/** Looks up what the options name; what is wrong in them is told before the daemon is asked. */
+async function selectionOf(
+  session: Session,
+  text: string,
+  options: SelectionOptions,
+): Promise<Schemas['EstimateRequest']> {
+  const type = oneOf(options.type, ['auto', 'full', 'incremental'], '--type');
+  const stated = (options.bitmap ?? []).map(parseBitmap);
+  const api = await session.api();
+  const vm = await findVm(api, text);
+  const repository = await findRepository(api, options.repository);
+  const bitmaps = stated.map(({ disk, name, sincePointId }) => ({
+    diskId: findDisk(vm.disks, disk).id,
+    name,
+    sincePointId: parseId(sincePointId, 'point'),
+  }));
+  const disks = { include: options.disk ?? [], exclude: options.excludeDisk ?? [] };
+  return { vmId: vm.id, repositoryId: repository.id, type, bitmaps, disks };
+}
+
+function addRun(group: Command, context: CommandContext): void {
+  addSelection(group.command('run <vm>').description('back a machine up now, by name or id'))
+    .option('--consistency <wish>', 'freeze the guest: prefer, require or never', 'prefer')
     .option('--rate <bytes>', 'read at most so much a second, e.g. 100MiB')
     .option('--queue', 'wait when another run of this machine and repository is active')
     .option('--detach', 'do not wait for the end')
     .action(
       action<RunOptions>(context, async ({ session, args, options }) => {
-        const { type } = options;
-        if (type !== 'auto' && type !== 'full' && type !== 'incremental') {
-          throw usageFailure('--type is none of auto, full, incremental');
-        }
         const bytesPerSecond = options.rate === undefined ? 0 : parseBytes(options.rate, '--rate');
-        const stated = (options.bitmap ?? []).map(parseBitmap);
-        const api = await session.api();
-        const vm = await findVm(api, argument(args));
-        const repository = await findRepository(api, options.repository);
-        const bitmaps = stated.map(({ disk, name, sincePointId }) => ({
-          diskId: findDisk(vm.disks, disk).id,
-          name,
-          sincePointId: parseId(sincePointId, 'point'),
-        }));
-        const body: Schemas['BackupRequest'] = {
-          vmId: vm.id,
-          repositoryId: repository.id,
-          type,
-          bitmaps,
-          bytesPerSecond,
-          whenBusy: options.queue === true ? 'queue' : 'refuse',
-        };
-        const run = dataOf(await api.POST('/backups', { body }));
+        const consistency = oneOf(options.consistency, ['prefer', 'require', 'never'], '--consistency');
+        const whenBusy = options.queue === true ? ('queue' as const) : ('refuse' as const);
+        const selection = await selectionOf(session, argument(args), options);
+        const body = { ...selection, bytesPerSecond, consistency, whenBusy };
+        const run = dataOf(await (await session.api()).POST('/backups', { body }));
         return runStarted(session, run, options.detach === true);
       }),
     );
+}
+
+function formatEstimate({ disks, totalBytes }: Schemas['BackupEstimate']): string {
+  const table = formatTable(disks, [
+    { title: 'DISK', value: (disk) => disk.diskName },
+    { title: 'SIZE', value: (disk) => formatBytes(disk.sizeBytes), align: 'right' },
+    { title: 'METHOD', value: (disk) => disk.method ?? 'left out' },
+    {
+      title: 'READS',
+      value: (disk) => (disk.method === null ? '-' : formatAmount(disk.bytes)),
+      align: 'right',
+    },
+    { title: 'REASON', value: (disk) => disk.reason.sentence },
+  ]);
+  return `${table}\n${formatFields([['reads in all', formatAmount(totalBytes)]])}`;
+}
+
+function formatAmount(bytes: number | null): string {
+  return bytes === null ? 'unknown' : formatBytes(bytes);
+}
+
+function addEstimate(group: Command, context: CommandContext): void {
+  addSelection(group.command('estimate <vm>').description('what a backup would do now, and why')).action(
+    action<SelectionOptions>(context, async ({ session, args, options }) => {
+      const body = await selectionOf(session, argument(args), options);
+      const estimate = dataOf(await (await session.api()).POST('/backups/estimate', { body }));
+      session.print(estimate, () => formatEstimate(estimate));
+      return undefined;
+    }),
+  );
 }
 
 interface FilterOptions {
@@ -116,6 +162,7 @@ function addList(group: Command, context: CommandContext): void {
         { title: 'VM', value: (point) => point.vmName },
         { title: '#', value: (point) => String(point.sequence), align: 'right' },
         { title: 'TYPE', value: (point) => point.type },
+        { title: 'CONSISTENCY', value: (point) => point.consistency },
         { title: 'CAPTURED', value: (point) => formatTime(point.capturedAt) },
         { title: 'STORED', value: (point) => formatBytes(point.fileBytes), align: 'right' },
       ]);

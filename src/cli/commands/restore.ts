@@ -5,7 +5,7 @@ import { dataOf } from '../client.js';
 import { usageFailure } from '../failure.js';
 import { diskNamesOf, runStarted } from '../follow.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
-import { parseJsonObject, parseRestoreDisk } from '../parse.js';
+import { oneOf, parseJsonObject, parseRestoreDisk } from '../parse.js';
 import { formatRun, formatTime } from '../render.js';
 import { findDisk, parseId } from '../resolve.js';
 import type { Schemas } from '../client.js';
@@ -61,6 +61,7 @@ export function addRestoreCommands(program: Command, context: CommandContext): v
         return runStarted(session, run, options.detach === true);
       }),
     );
+  addMachine(group, context);
   addListAndShow(group, context);
 }
 
@@ -69,6 +70,77 @@ function fileTarget(disk: { id: string; name: string }, directory: string): Sche
   const isPlain = /^[\w.+-]{1,200}$/.test(disk.name) && !disk.name.startsWith('.');
   const file = path.join(path.resolve(directory), `${isPlain ? disk.name : disk.id}.raw`);
   return { diskId: disk.id, target: { kind: 'file', path: file, format: 'raw' } };
+}
+
+interface MachineOptions {
+  to: string;
+  name?: string;
+  sameIdentity?: boolean;
+  inPlace?: boolean;
+  directory?: string;
+  pool?: string;
+  format?: string;
+  start?: boolean;
+  acceptDamage?: boolean;
+  detach?: boolean;
+}
+
+function addMachine(group: Command, context: CommandContext): void {
+  group
+    .command('vm <point>')
+    .description('restore the whole machine to libvirt: its disks and its definition')
+    .option('--to <uri>', "a libvirt of the daemon's host", 'qemu:///system')
+    .option('--name <name>', 'another name than it had')
+    .option('--same-identity', 'keep UUID and MAC addresses; by default it gets new ones')
+    .option('--in-place', 'replace the machine itself, disks too; it must be off')
+    .option('--directory <directory>', 'where the disks go')
+    .option('--pool <pool>', 'where the disks go: a storage pool')
+    .option('--format <format>', 'of the disks: qcow2 (default) or raw')
+    .option('--start', 'start it at the end')
+    .option('--accept-damage', 'write what is there although hashes disagree')
+    .option('--detach', 'do not wait for the end')
+    .action(
+      action<MachineOptions>(context, async ({ session, args, options }) => {
+        const body: Schemas['MachineRestoreRequest'] = {
+          pointId: parseId(argument(args), 'point'),
+          uri: options.to,
+          name: options.name ?? null,
+          identity: identityOf(options),
+          place: placeOf(options),
+          format: oneOf(options.format ?? 'qcow2', ['qcow2', 'raw'], '--format'),
+          start: options.start === true,
+          acceptDamage: options.acceptDamage === true,
+        };
+        const run = dataOf(await (await session.api()).POST('/restore/vms', { body }));
+        return runStarted(session, run, options.detach === true);
+      }),
+    );
+}
+
+function identityOf(options: MachineOptions): Schemas['MachineRestoreRequest']['identity'] {
+  if (options.inPlace !== true) return options.sameIdentity === true ? 'same' : 'new';
+  const decided = [
+    ['--same-identity', options.sameIdentity],
+    ['--name', options.name],
+    ['--directory', options.directory],
+    ['--pool', options.pool],
+    ['--format', options.format],
+  ] as const;
+  const other = decided.find(([, value]) => value !== undefined);
+  if (other !== undefined) {
+    throw usageFailure(`${other[0]} does not go with --in-place: the machine keeps what it has`);
+  }
+  return 'replace';
+}
+
+function placeOf({ inPlace, directory, pool }: MachineOptions): Schemas['MachineRestoreRequest']['place'] {
+  if (inPlace === true) return null;
+  if ((directory === undefined) === (pool === undefined)) {
+    throw usageFailure('say where the disks go, with either --directory or --pool');
+  }
+  if (directory === undefined) return { kind: 'pool', name: pool ?? '' };
+  if (!path.isAbsolute(directory)) throw usageFailure('--directory must be an absolute path');
+  return { kind: 'directory', path: directory };
 }
 
 function addListAndShow(group: Command, context: CommandContext): void {

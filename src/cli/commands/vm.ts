@@ -1,34 +1,16 @@
+import path from 'node:path';
 import type { Command } from 'commander';
-import { formatBytes } from '../../lib/units.js';
 import { action, argument, collect, type CommandContext } from '../action.js';
 import { dataOf, expectDone, type Schemas } from '../client.js';
 import { usageFailure } from '../failure.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
 import { parseDisk, parseJsonObject } from '../parse.js';
-import { formatSource, formatTime } from '../render.js';
+import { formatReleased, formatVm, formatVmDisks, VM_COLUMNS } from '../render-vm.js';
 import { findVm } from '../resolve.js';
-import { formatFields, formatTable } from '../table.js';
+import { formatTable } from '../table.js';
 import { safeText } from '../text.js';
 
-type Vm = Schemas['Vm'];
 type NewDisk = Schemas['NewVm']['disks'][number];
-
-function formatVm(vm: Vm): string {
-  const fields = formatFields([
-    ['id', vm.id],
-    ['name', vm.name],
-    ['added', formatTime(vm.createdAt)],
-  ]);
-  const disks = formatTable(vm.disks, [
-    { title: '#', value: (disk) => String(disk.number), align: 'right' },
-    { title: 'DISK', value: (disk) => disk.name },
-    { title: 'ID', value: (disk) => disk.id },
-    { title: 'SIZE', value: (disk) => formatBytes(disk.sizeBytes), align: 'right' },
-    { title: 'TRACKING', value: (disk) => disk.source?.changeTracking ?? '-' },
-    { title: 'SOURCE', value: (disk) => formatSource(disk.source) },
-  ]);
-  return `${fields}\n${disks}`;
-}
 
 const DISK_HELP =
   'name=NAME,source=NBD-URI|PATH[,format=raw|qcow2][,tracking=auto|bitmap|compare]' +
@@ -36,9 +18,10 @@ const DISK_HELP =
 
 export function addVmCommands(program: Command, context: CommandContext): void {
   const group = program.command('vm').description('virtual machines and their disks');
+  addDiscover(group, context);
   group
     .command('add <name>')
-    .description('record a machine and its disks')
+    .description('record a machine and its disks by hand')
     .option('--disk <disk>', DISK_HELP, collect)
     .option('--disk-json <json>', 'a disk as in the API: {"name": …, "source": {…}}; repeatable', collect)
     .action(
@@ -59,24 +42,62 @@ export function addVmCommands(program: Command, context: CommandContext): void {
     action<PagingOptions>(context, async ({ session, options }) => {
       const api = await session.api();
       const page = dataOf(await api.GET('/vms', { params: { query: pageQuery(options) } }));
-      printPage(session, page, [
-        { title: 'ID', value: (vm) => vm.id },
-        { title: 'NAME', value: (vm) => vm.name },
-        { title: 'DISKS', value: (vm) => String(vm.disks.length), align: 'right' },
-        {
-          title: 'SIZE',
-          value: (vm) => formatBytes(vm.disks.reduce((sum, disk) => sum + disk.sizeBytes, 0)),
-          align: 'right',
-        },
-        { title: 'ADDED', value: (vm) => formatTime(vm.createdAt) },
-      ]);
+      printPage(session, page, VM_COLUMNS);
       return undefined;
     }),
   );
-  addShowAndRemove(group, context);
+  addShow(group, context);
+  addReleaseAndRemove(group, context);
 }
 
-function addShowAndRemove(group: Command, context: CommandContext): void {
+interface DiscoverOptions {
+  name?: string[];
+  qmp?: string;
+  agent?: string;
+}
+
+function addDiscover(group: Command, context: CommandContext): void {
+  group
+    .command('discover [uri]')
+    .description('ask a hypervisor for its machines and disks, and record them')
+    .option('--name <domain>', 'only this domain; repeatable', collect)
+    .option('--qmp <socket>', 'in place of a libvirt URI: the QMP socket of one QEMU')
+    .option('--agent <socket>', "with --qmp: the socket of the guest agent's channel")
+    .action(
+      action<DiscoverOptions>(context, async ({ session, args, options }) => {
+        const body = discoverRequest(args[0], options);
+        const api = await session.api();
+        const found = dataOf(await api.POST('/vms/discover', { body }));
+        session.print(found, () => formatTable(found.items, VM_COLUMNS));
+        return undefined;
+      }),
+    );
+}
+
+function discoverRequest(uri: string | undefined, options: DiscoverOptions): Schemas['DiscoverRequest'] {
+  const { name, qmp, agent } = options;
+  if ((uri === undefined) === (qmp === undefined)) {
+    throw usageFailure('give either a libvirt URI, such as qemu:///system, or --qmp');
+  }
+  if (uri !== undefined) {
+    if (agent !== undefined)
+      throw usageFailure('--agent is for --qmp: libvirt knows the agent of its guests');
+    return { kind: 'libvirt', uri, names: name ?? [] };
+  }
+  if (name !== undefined) throw usageFailure('--name is for libvirt: a QMP socket has one machine');
+  return {
+    kind: 'qemu',
+    socket: absolute(qmp ?? '', '--qmp'),
+    agentSocket: agent === undefined ? null : absolute(agent, '--agent'),
+  };
+}
+
+function absolute(file: string, option: string): string {
+  if (!path.isAbsolute(file)) throw usageFailure(`${option} must be an absolute path`);
+  return file;
+}
+
+function addShow(group: Command, context: CommandContext): void {
   group
     .command('show <vm>')
     .description('show a machine, by name or id')
@@ -84,6 +105,33 @@ function addShowAndRemove(group: Command, context: CommandContext): void {
       action(context, async ({ session, args }) => {
         const vm = await findVm(await session.api(), argument(args));
         session.print(vm, () => formatVm(vm));
+        return undefined;
+      }),
+    );
+  group
+    .command('disks <vm>')
+    .description('show the disks of a machine, and which of them are backed up')
+    .action(
+      action(context, async ({ session, args }) => {
+        const api = await session.api();
+        const { id } = await findVm(api, argument(args));
+        const disks = dataOf(await api.GET('/vms/{id}/disks', { params: { path: { id } } }));
+        session.print(disks, () => formatVmDisks(disks.items));
+        return undefined;
+      }),
+    );
+}
+
+function addReleaseAndRemove(group: Command, context: CommandContext): void {
+  group
+    .command('release <vm>')
+    .description('remove the checkpoints or bitmaps of this appliance from a machine')
+    .action(
+      action(context, async ({ session, args }) => {
+        const api = await session.api();
+        const vm = await findVm(api, argument(args));
+        const released = dataOf(await api.POST('/vms/{id}/release', { params: { path: { id: vm.id } } }));
+        session.print(released, () => formatReleased(vm, released));
         return undefined;
       }),
     );

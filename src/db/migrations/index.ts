@@ -1,6 +1,6 @@
 import type { Knex } from 'knex';
 import type { Engine } from '../connection.js';
-import { createTable, type TableDefinition } from './table-definition.js';
+import { addColumns, createTable, type TableDefinition } from './table-definition.js';
 import * as tables from './tables.js';
 
 /** One change of the schema. Names are recorded in the database: never renamed, never reordered. */
@@ -27,4 +27,10 @@ export const MIGRATIONS: readonly SchemaMigration[] = [
   creation('0010-idempotency-keys', tables.idempotencyKeys),
   creation('0011-audit-log', tables.auditLog),
   creation('0012-settings', tables.settings),
+  {
+    name: '0013-machines',
+    up: async (db, engine) => {
+      for (const addition of tables.machineColumns) await addColumns(db, engine, addition);
+    },
+  },
 ];

@@ -75,3 +75,25 @@ export async function createTable(
   await db.raw(`CREATE TABLE ${name} (\n  ${body.join(',\n  ')}\n) STRICT`);
   for (const { index, list } of named) await db.raw(`CREATE INDEX ${index} ON ${name} (${list})`);
 }
+
+export interface ColumnAddition {
+  table: string;
+  /** Types by name; every column may be null, as it is in the rows that are there. */
+  columns: (types: ColumnTypes) => Record<string, string>;
+  unique?: string[];
+}
+
+/** Adds the columns that are not there yet: MariaDB commits each statement, and a crash may come between. */
+export async function addColumns(db: Knex, engine: Engine, addition: ColumnAddition): Promise<void> {
+  const { table, columns, unique = [] } = addition;
+  for (const [name, type] of Object.entries(columns(TYPES[engine]))) {
+    if (await db.schema.hasColumn(table, name)) continue;
+    if (engine === 'mysql') {
+      const key = unique.includes(name) ? `, ADD UNIQUE ${table}_${name} (${name})` : '';
+      await db.raw(`ALTER TABLE ${table} ADD COLUMN ${name} ${type}${key}`);
+      continue;
+    }
+    await db.raw(`ALTER TABLE ${table} ADD COLUMN ${name} ${type}`);
+    if (unique.includes(name)) await db.raw(`CREATE UNIQUE INDEX ${table}_${name} ON ${table} (${name})`);
+  }
+}

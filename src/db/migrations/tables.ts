@@ -1,4 +1,4 @@
-import type { TableDefinition } from './table-definition.js';
+import type { ColumnAddition, TableDefinition } from './table-definition.js';
 
 export const repositories: TableDefinition = {
   name: 'repositories',
@@ -190,3 +190,13 @@ export const settings: TableDefinition = {
   name: 'settings',
   lines: (t) => [`setting_key ${t.word(64)} NOT NULL PRIMARY KEY`, `setting_value ${t.long} NOT NULL`],
 };
+
+/** What discovery found. A VM or disk that was recorded by hand has none. */
+export const machineColumns: ColumnAddition[] = [
+  {
+    table: 'vms',
+    columns: (t) => ({ source_key: t.text(255), source: t.long, facts: t.long }),
+    unique: ['source_key'],
+  },
+  { table: 'vm_disks', columns: (t) => ({ facts: t.long }) },
+];

@@ -3,14 +3,14 @@ import path from 'node:path';
 import { z } from 'zod';
 import { blockDeviceBytes } from '../../lib/block-device.js';
 import { AppError, errnoOf } from '../../lib/errors.js';
-import type { DiskId } from '../../lib/id.js';
 import { runTool, ToolError } from '../../lib/process.js';
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
-import { startQemuNbd, type ServerPlace } from '../../nbd/qemu-nbd.js';
-import type { ChangeRecord, ImageDiskSource, Source } from '../source.js';
+import type { ServerPlace } from '../../nbd/qemu-nbd.js';
+import type { DiskReader } from '../disk-reader.js';
+import { serveLocked } from '../locked-image.js';
+import type { ChangeRecord, ImageDiskSource } from '../source.js';
 
-export interface ImageSourceOptions extends ServerPlace {
-  diskId: DiskId;
+export interface ImageReaderOptions extends ServerPlace {
   connections: number;
 }
 
@@ -26,35 +26,27 @@ const infoSchema = z.object({
 
 /**
  * A local image file or block device, read through a private read-only `qemu-nbd` with the stated
- * format. qemu's image lock keeps a running guest's disk out: it would be copied in motion.
+ * format. A running guest's disk is kept out by qemu's image lock: it would be copied in motion.
  */
-export function openImageSource(config: ImageDiskSource, options: ImageSourceOptions): Source {
+export function openImageReader(config: ImageDiskSource, options: ImageReaderOptions): DiskReader {
   if (!path.isAbsolute(config.path) || config.path.includes('\u0000')) {
     throw new AppError('INVALID_INPUT', 'the path of an image source must be absolute', {
       details: { field: 'source.path' },
     });
   }
   return {
-    diskId: options.diskId,
+    consistency: 'offline',
     async probe({ signal }) {
       const lineage = `image:${path.normalize(config.path)}`;
       const rawBytes = await fileSize(config.path);
-      if (config.format === 'raw') return { sizeBytes: rawBytes, lineage, records: [] };
+      const common = { lineage, recordKeeper: 'given', noRecordReason: null } as const;
+      if (config.format === 'raw') return { ...common, sizeBytes: rawBytes, records: [] };
       const info = await readInfo(config, signal);
-      return { sizeBytes: info['virtual-size'], lineage, records: records(info) };
+      return { ...common, sizeBytes: info['virtual-size'], records: records(info) };
     },
     async open({ bitmap, signal }) {
-      const server = await startQemuNbd({
-        imagePath: config.path,
-        format: config.format,
-        isReadOnly: true,
-        connections: options.connections,
-        bitmap,
-        runtimeDirectory: options.runtimeDirectory,
-        registry: options.registry,
-        owner: options.owner,
-        signal,
-      }).catch(explainLock);
+      const { path: file, format } = config;
+      const server = await serveLocked({ ...options, path: file, format, bitmap, signal });
       const dirtyContext = bitmap === null ? null : `${DIRTY_BITMAP_PREFIX}${bitmap}`;
       return {
         endpoint: {
@@ -98,10 +90,9 @@ function records(info: ImageInfo): ChangeRecord[] {
 /** qemu's own words stay in the details. Its lock message is the one text that is looked at: no exit code tells it apart. */
 function explainLock(error: unknown): never {
   if (error instanceof ToolError && error.stderrTail.includes('lock')) {
-    throw new AppError('SOURCE_REFUSED', 'the image is in use by another process', {
+    throw new AppError('SOURCE_BUSY', 'the image is in use by another process', {
       cause: error,
       details: error.details,
-      retryable: true,
     });
   }
   if (error instanceof ToolError) {

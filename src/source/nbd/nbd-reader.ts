@@ -1,11 +1,10 @@
-import type { DiskId } from '../../lib/id.js';
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
 import { connectNbd, listMetaContexts, type TlsOptions } from '../../nbd/index.js';
 import { parseNbdUri } from '../../nbd/uri.js';
-import type { NbdDiskSource, Source } from '../source.js';
+import type { DiskReader } from '../disk-reader.js';
+import type { NbdDiskSource } from '../source.js';
 
-export interface NbdSourceOptions {
-  diskId: DiskId;
+export interface NbdReaderOptions {
   connections: number;
   connectTimeoutMs: number;
   requestTimeoutMs: number;
@@ -16,7 +15,7 @@ export interface NbdSourceOptions {
  * the export shows must not change during the run (a read-only or fleecing export); Holdfast cannot
  * check that from outside.
  */
-export function openNbdSource(config: NbdDiskSource, options: NbdSourceOptions): Source {
+export function openNbdReader(config: NbdDiskSource, options: NbdReaderOptions): DiskReader {
   const uri = parseNbdUri(config.uri);
   const tls: TlsOptions | undefined = config.tls;
   const connect = {
@@ -26,7 +25,7 @@ export function openNbdSource(config: NbdDiskSource, options: NbdSourceOptions):
     requestTimeoutMs: options.requestTimeoutMs,
   };
   return {
-    diskId: options.diskId,
+    consistency: 'crash',
     async probe({ signal }) {
       const contexts = await listMetaContexts(
         { ...connect, metaContexts: [DIRTY_BITMAP_PREFIX] },
@@ -37,6 +36,8 @@ export function openNbdSource(config: NbdDiskSource, options: NbdSourceOptions):
       return {
         sizeBytes: handle.info.sizeBytes,
         lineage: uri.identity,
+        recordKeeper: 'given',
+        noRecordReason: null,
         records: bitmaps.map((name) => ({
           bitmap: name.slice(DIRTY_BITMAP_PREFIX.length),
           isInconsistent: false,
