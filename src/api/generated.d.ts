@@ -789,8 +789,14 @@ export interface components {
         DiskList: {
             items: components["schemas"]["Disk"][];
         };
-        VmList: {
+        DiscoverResult: {
             items: components["schemas"]["Vm"][];
+            /** @description Machines that are there and could not be looked at; what is known of them stays as it was. */
+            problems: {
+                /** @description libvirt: and the UUID. */
+                key: string;
+                error: components["schemas"]["RunError"];
+            }[];
         };
         VmPage: {
             items: components["schemas"]["Vm"][];
@@ -1689,7 +1695,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/json": components["schemas"]["VmList"];
+                    "application/json": components["schemas"]["DiscoverResult"];
                 };
             };
             default: components["responses"]["Problem"];

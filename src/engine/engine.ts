@@ -17,6 +17,7 @@ import type {
   PageRequest,
   RepositoryView,
   RestoreDisk,
+  RunError,
   RunEvent,
   RunKind,
   RunState,
@@ -62,6 +63,12 @@ export interface BackupRequest {
 }
 
 export type DiscoverRequest = DiscoveryPlace;
+
+export interface DiscoverResult {
+  vms: VmView[];
+  /** Machines that are there and could not be looked at; what is known of them stays as it was. */
+  problems: { key: string; error: RunError }[];
+}
 
 export interface MachineRestoreRequest {
   pointId: PointId;
@@ -110,7 +117,7 @@ export interface Engine {
    * Asks a hypervisor and records what it knows: new machines and disks are added, known ones follow what
    * they are now, whatever their name or host. Known machines of this connection that are gone are marked.
    */
-  discoverVms(input: DiscoverRequest, actor: Actor): Promise<VmView[]>;
+  discoverVms(input: DiscoverRequest, actor: Actor): Promise<DiscoverResult>;
   listVmDisks(id: VmId): Promise<DiskView[]>;
   /**
    * Removes our checkpoints or bitmaps from the machine, of every repository of this appliance: a domain

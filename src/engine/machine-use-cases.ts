@@ -9,7 +9,7 @@ import type { EngineContext } from './context.js';
 import type { Actor, DiscoverRequest, Engine } from './engine.js';
 import { markGone, recordMachine, refreshVm, requireMachine, sourceOptions } from './follow-machine.js';
 import { ENDED_STATES } from './types.js';
-import { toVmView } from './views.js';
+import { toRunError, toVmView } from './views.js';
 
 type MachineUseCases = Pick<Engine, 'discoverVms' | 'listVmDisks' | 'releaseVm'>;
 
@@ -20,17 +20,19 @@ export function createMachineUseCases(context: EngineContext): MachineUseCases {
   return {
     async discoverVms(input, actor) {
       const signal = AbortSignal.timeout(DISCOVER_TIMEOUT_MS);
-      const found = await discoverMachines(input, sourceOptions(context, 'discovery'), signal);
+      const { found, unseen } = await discoverMachines(input, sourceOptions(context, 'discovery'), signal);
       requireAllNamed(input, found);
       const rows: VmRow[] = [];
       for (const machine of found) rows.push(await recordMachine(context, machine));
-      rows.push(...(await markMissing(context, input, found)));
+      const keys = new Set([...found, ...unseen].map(({ key }) => key));
+      rows.push(...(await markMissing(context, input, keys)));
       await audit(context, actor, {
         action: 'vm.discover',
         subject: input.kind === 'libvirt' ? input.uri : input.socket,
         details: { names: rows.map(({ name }) => name) },
       });
-      return rows.map(toVmView);
+      const problems = unseen.map(({ key, error }) => ({ key, error: toRunError(error) }));
+      return { vms: rows.map(toVmView), problems };
     },
     async listVmDisks(id) {
       return toVmView(await requireVm(context, id)).disks;
@@ -59,10 +61,9 @@ function requireAllNamed(input: DiscoverRequest, found: readonly DiscoveredVm[])
 async function markMissing(
   context: EngineContext,
   input: DiscoverRequest,
-  found: readonly DiscoveredVm[],
+  keys: ReadonlySet<string>,
 ): Promise<VmRow[]> {
   if (input.kind !== 'libvirt' || input.names.length > 0) return [];
-  const keys = new Set(found.map(({ key }) => key));
   const gone: VmRow[] = [];
   for (const row of await context.db.vms.listBySourceKey('libvirt:')) {
     const source = requireMachine(row);

@@ -1,3 +1,4 @@
+import type { AppError } from '../lib/errors.js';
 import type { Consistency } from '../lib/consistency.js';
 import type { CopySessionOptions } from '../nbd/index.js';
 import type { DiskId, PointId, RepositoryId, RunId, VmId } from '../lib/id.js';
@@ -113,6 +114,13 @@ export interface DiscoveredVm {
   name: string;
   facts: VmFacts;
   disks: DiscoveredDisk[];
+}
+
+/** A machine that is there and could not be looked at. */
+export interface UnseenMachine {
+  /** As of a discovered one. */
+  key: string;
+  error: AppError;
 }
 
 /** A bitmap the user states for one run, with the point it began at. */

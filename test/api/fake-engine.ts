@@ -3,6 +3,7 @@ import type {
   Actor,
   BackupRequest,
   DiscoverRequest,
+  DiscoverResult,
   Engine,
   IdempotencyKey,
   MachineRestoreRequest,
@@ -154,11 +155,13 @@ export class FakeEngine implements Engine {
     this.vms.splice(this.vms.indexOf(await this.getVm(id)), 1);
   }
 
-  async discoverVms(input: DiscoverRequest): Promise<VmView[]> {
+  discoveryProblems: DiscoverResult['problems'] = [];
+
+  async discoverVms(input: DiscoverRequest): Promise<DiscoverResult> {
     this.requests.push(input);
     const found = discover(input);
     this.vms.push(...found);
-    return found;
+    return { vms: found, problems: this.discoveryProblems };
   }
   async listVmDisks(id: VmId): Promise<DiskView[]> {
     return (await this.getVm(id)).disks;

@@ -47,7 +47,22 @@ describe('vm discover', () => {
       { kind: 'libvirt', uri: 'qemu+ssh://root@kvm-02/system', names: [] },
     ]);
     const json = await cli.run(['vm', 'discover', 'qemu:///system', '--name', 'x', '--json']);
-    expect(json.json).toEqual({ items: [cli.api.engine.vms.at(-1)] });
+    expect(json.json).toEqual({ items: [cli.api.engine.vms.at(-1)], problems: [] });
+  });
+
+  test('warns of a domain that could not be looked at', async () => {
+    const error = {
+      code: 'SOURCE_BUSY' as const,
+      message: 'a migration holds it',
+      remedy: 'Wait.',
+      details: {},
+    };
+    cli.api.engine.discoveryProblems = [{ key: 'libvirt:6b5a1f2e', error }];
+    const found = await cli.run(['vm', 'discover', 'qemu:///system', '--name', 'web-01']);
+    expect(found.code).toBe(0);
+    expect(found.stderr).toBe(
+      'warning: libvirt:6b5a1f2e could not be looked at: a migration holds it (SOURCE_BUSY)\n',
+    );
   });
 
   test('a domain that is not there is told, and is no success', async () => {

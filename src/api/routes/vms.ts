@@ -24,10 +24,10 @@ export function vmHandlers(engine: Engine): Pick<Handlers, Operations> {
       await engine.removeVm(asId<VmId>(params.id), actor);
       return { status: 204 };
     },
-    discoverVms: async ({ body, actor }) => ({
-      status: 200,
-      body: { items: await engine.discoverVms(asDiscoverRequest(body), actor) },
-    }),
+    discoverVms: async ({ body, actor }) => {
+      const { vms, problems } = await engine.discoverVms(asDiscoverRequest(body), actor);
+      return { status: 200, body: { items: vms, problems } };
+    },
     listVmDisks: async ({ params }) => ({
       status: 200,
       body: { items: await engine.listVmDisks(asId<VmId>(params.id)) },

@@ -69,6 +69,9 @@ function addDiscover(group: Command, context: CommandContext): void {
         const api = await session.api();
         const found = dataOf(await api.POST('/vms/discover', { body }));
         session.print(found, () => formatTable(found.items, VM_COLUMNS));
+        for (const { key, error } of found.problems) {
+          session.note(`warning: ${key} could not be looked at: ${error.message} (${error.code})`);
+        }
         return undefined;
       }),
     );

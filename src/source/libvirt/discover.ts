@@ -1,9 +1,9 @@
 import { systemClock, toTimestamp } from '../../lib/clock.js';
-import { isErrorCode } from '../../lib/errors.js';
+import { isErrorCode, toAppError } from '../../lib/errors.js';
 import { parseDomain } from '../../libvirt/domain.js';
 import { virsh } from '../../libvirt/virsh.js';
 import type { SourceOptions } from '../source-settings.js';
-import type { DiscoveredVm } from '../source.js';
+import type { DiscoveredVm, UnseenMachine } from '../source.js';
 import { diskFacts, lineageOf } from './disk-facts.js';
 import { askDomain, type DomainLink } from './domain-link.js';
 import { parseDomainStats, vmState, type DomainStats } from './domain-stats.js';
@@ -21,6 +21,8 @@ export interface DiscoverDomains {
   names: readonly string[];
   options: SourceOptions;
   signal: AbortSignal;
+  /** Called for a domain that could not be looked at now (a migration holds it, say); without it that rejects. */
+  onUnseen?: (unseen: UnseenMachine) => void;
 }
 
 /** The domains of a connection, running or not. One that goes while it is looked at is left out. */
@@ -35,13 +37,21 @@ export async function discoverDomains(uri: string, wanted: DiscoverDomains): Pro
   const work = async (): Promise<void> => {
     for (let uuid = rest.shift(); uuid !== undefined; uuid = rest.shift()) {
       const link: DomainLink = { ...connection, uuid };
-      const view = await viewListed(link, allStats, { signal });
-      if (view !== null) found.push(describe(link, view, libvirtVersion));
+      try {
+        const view = await viewListed(link, allStats, { signal });
+        if (view !== null) found.push(describe(link, view, libvirtVersion));
+      } catch (error) {
+        if (wanted.onUnseen === undefined || isErrorCode(error, 'SOURCE_UNREACHABLE') || signal.aborted)
+          throw error;
+        wanted.onUnseen({ key: keyOf(uuid), error: toAppError(error) });
+      }
     }
   };
   await Promise.all(Array.from({ length: PARALLEL }, work));
   return found.sort((a, b) => (a.name < b.name ? -1 : 1));
 }
+
+const keyOf = (uuid: string): string => `libvirt:${uuid}`;
 
 /** The domain as it is now. NOT_FOUND when the hypervisor does not know it. */
 export async function discoverDomain(link: DomainLink, control: Control): Promise<DiscoveredVm> {
@@ -89,7 +99,7 @@ function describe(link: DomainLink, view: DomainView, libvirtVersion: number): D
   const { domain, stats, images, sizes, records } = view;
   return {
     source: { kind: 'libvirt', uri: link.uri, uuid: domain.uuid },
-    key: `libvirt:${domain.uuid}`,
+    key: keyOf(domain.uuid),
     name: domain.name,
     facts: {
       isPresent: true,
