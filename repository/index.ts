@@ -1,7 +1,7 @@
 /** The public door of the repository domain. */
 export { createRepository, openRepository, type CreateOptions } from './open.js';
 export { openChainReader, type ChainReader, type ChainWindow } from './chain-reader.js';
-export { openComposedSums, type ComposedSums, type ComposedWindow } from './composed-sums.js';
+export { LAYER_ABSENT, openComposedSums, type ComposedSums, type ComposedWindow } from './composed-sums.js';
 export {
   copyChain,
   type ChainCopyOptions,

@@ -47,8 +47,15 @@ export interface Answer {
   body: unknown;
 }
 
-/** Starts a daemon with its state under `directory`; a second start on the same directory finds its state again. */
-export async function startDaemon(options: { directory: string; settings?: Settings }): Promise<Daemon> {
+/**
+ * Starts a daemon with its state under `directory`; a second start on the same directory finds its state again.
+ * `through` is a command that becomes the one that follows it.
+ */
+export async function startDaemon(options: {
+  directory: string;
+  settings?: Settings;
+  through?: readonly string[];
+}): Promise<Daemon> {
   const stateDirectory = path.join(options.directory, 'state');
   await mkdir(options.directory, { recursive: true });
   const file = path.join(options.directory, 'holdfast.yaml');
@@ -62,6 +69,7 @@ export async function startDaemon(options: { directory: string; settings?: Setti
     '--pdeathsig',
     'KILL',
     '--',
+    ...(options.through ?? []),
     process.execPath,
     path.join(ROOT, 'bin/holdfastd'),
     '--config',

@@ -3,13 +3,16 @@ import { expect } from 'vitest';
 import type { RepositoryView, RunView, VmView } from '../../src/engine/types.js';
 import { pollUntil } from '../../src/lib/deadline.js';
 import { errnoOf } from '../../src/lib/errors.js';
+import { newUlid } from '../../src/lib/id.js';
 import { KIB, MIB } from '../../src/lib/units.js';
 import { makeQcow2, makeRaw, qemuIo, type SeededRandom, type Region } from '../lab/disk-image.js';
 import { domainXml, type LabDisk, type LabDomain } from '../lab/domain-xml.js';
 import { findBlockLeftovers } from '../lab/leftovers.js';
 import { startLibvirt, type LabLibvirt } from '../lab/libvirt.js';
 import { startQemuGuest, type LabQemu, type QemuDisk } from '../lab/qemu-guest.js';
-import type { Daemon, Setup } from './daemon.js';
+import { mountTmpfs } from '../lab/tmpfs.js';
+import { restart } from './crash.js';
+import type { Daemon, Settings, Setup } from './daemon.js';
 import { startRig, stopRig, type Rig } from './rig.js';
 
 export const DISK_BYTES = 8 * MIB;
@@ -20,24 +23,44 @@ export interface LiveRig extends Rig {
   scratch: string;
   /** What ends the machines that run without libvirt. */
   machines: (() => Promise<void>)[];
+  /** After a crash of the daemon: another one on its state, with its settings. */
+  restart(): Promise<void>;
+  /** Of the scratch directory, when it is a filesystem of its own. */
+  unmount(): Promise<void>;
 }
 
-export async function startLiveRig(settings: Record<string, unknown> = {}): Promise<LiveRig> {
+export async function startLiveRig(
+  settings: Settings = {},
+  options: { scratchBytes?: number } = {},
+): Promise<LiveRig> {
   let scratch = '';
+  let all: Settings = {};
   const rig = await startRig((lab) => {
     scratch = lab.file('scratch');
-    return {
-      ...settings,
-      snapshot: { scratchDirectory: scratch, ...(settings['snapshot'] as object | undefined) },
-    };
+    const snapshot = { scratchDirectory: scratch, ...(settings['snapshot'] as object | undefined) };
+    return (all = { ...settings, snapshot });
   });
+  // libvirtd keeps the mounts that it begins with.
+  const tmpfs =
+    options.scratchBytes === undefined
+      ? null
+      : await mountTmpfs({ path: scratch, sizeBytes: options.scratchBytes });
   const libvirt = await startLibvirt(rig.lab);
-  return Object.assign(rig, { libvirt, scratch, machines: [] });
+  const live: LiveRig = {
+    ...rig,
+    libvirt,
+    scratch,
+    machines: [],
+    restart: () => restart(live, all),
+    unmount: async () => tmpfs?.unmount(),
+  };
+  return live;
 }
 
 export async function stopLiveRig(rig: LiveRig): Promise<void> {
   for (const stop of rig.machines) await stop();
   await rig.libvirt[Symbol.asyncDispose]();
+  await rig.unmount();
   await stopRig(rig);
 }
 
@@ -92,6 +115,11 @@ export async function makeDomain(rig: LiveRig, options: LiveDomainOptions): Prom
   return domain;
 }
 
+/** The same domain, as another host has it after a migration. */
+export function domainOn(rig: LiveRig, { name, images, truths }: LiveDomain): LiveDomain {
+  return withTruths({ name, images, truths, sizeBytes: DISK_BYTES }, domainControls(rig, name));
+}
+
 /** The same without libvirt: a QEMU of its own, paused, asked over its QMP socket. */
 export async function makeQemu(rig: LiveRig, options: LiveDomainOptions): Promise<LiveDomain> {
   const { facts, disks } = await makeDisks(rig, options);
@@ -119,7 +147,7 @@ async function makeDisks(
   const facts: Facts = { name, images: {}, truths: {}, sizeBytes };
   const disks: MadeDisk[] = [];
   for (const [target, format] of Object.entries(formats)) {
-    const { image } = await makeDisk(rig, facts, { target, format, regions: options.regions });
+    const { image } = await makeDisk(rig, facts, { target, format, sizeBytes, regions: options.regions });
     const serial = `${name}-${target}`;
     disks.push({ target, format, path: image, serial, driver: "discard='unmap'" });
   }
@@ -154,7 +182,6 @@ export async function makeDisk(
 
 function withTruths(facts: Facts, controls: Controls): LiveDomain {
   const { truths } = facts;
-  let copies = 0;
   const writeTruth = (target: string, commands: string[]): Promise<void> =>
     // A discarded raw range may keep its bytes; as a write of zeroes it holds what a QCOW2 disk shows.
     qemuIo({
@@ -180,10 +207,10 @@ function withTruths(facts: Facts, controls: Controls): LiveDomain {
       for (const [target, commands] of done) await writeTruth(target, commands);
     },
     async remember() {
-      copies += 1;
+      const copy = newUlid();
       const remembered: Record<string, string> = {};
       for (const [target, file] of Object.entries(truths)) {
-        remembered[target] = `${file}.${copies}`;
+        remembered[target] = `${file}.${copy}`;
         await cp(file, remembered[target]);
       }
       return remembered;
@@ -306,16 +333,20 @@ export async function expectCleanSource(rig: LiveRig, name: string, checkpoints:
   expect(await namesIn(rig.scratch)).toEqual([]);
 }
 
+/** What a backup has under way in a running machine: jobs, exports, filter nodes. */
+export async function traces(domain: LiveDomain): Promise<string[]> {
+  const found = await findBlockLeftovers((command) => domain.qmp(command));
+  return found.filter((line) => !line.startsWith('bitmap '));
+}
+
 /**
  * Of a running machine: no job, export, server, filter node or scratch file, and of the records of changes
  * exactly these, for libvirt and for QEMU.
  */
 export async function expectNoTrace(rig: LiveRig, domain: LiveDomain, records: string[]): Promise<void> {
-  const qmp = (command: string): Promise<unknown> => domain.qmp(command);
-  const found = await findBlockLeftovers(qmp);
-  expect(found.filter((line) => !line.startsWith('bitmap '))).toEqual([]);
+  expect(await traces(domain)).toEqual([]);
   const expected = [...records].sort();
-  expect((await bitmapsIn(qmp)).sort()).toEqual(expected);
+  expect((await bitmapsIn((command) => domain.qmp(command))).sort()).toEqual(expected);
   expect((await domain.records()).sort()).toEqual(expected);
   await expect(domain.qmp('nbd-server-stop')).rejects.toThrow(/not running/);
   expect(await namesIn(rig.scratch)).toEqual([]);

@@ -6,7 +6,7 @@ import { CleanupStack } from '../../src/lib/cleanup.js';
 import { runTool, startServer } from '../../src/lib/process.js';
 import { cachePath } from './cache.js';
 import type { LabDirectory } from './directory.js';
-import { startNamespace } from './namespace.js';
+import { startNamespace, type LabNamespace } from './namespace.js';
 import { pathExists, READY_TIMEOUT_MS } from './server.js';
 
 const TOOL_TIMEOUT_MS = 60_000;
@@ -22,6 +22,8 @@ export interface LabSshd extends AsyncDisposable {
   readonly foreignHostsFile: string;
   /** Ends every session, and refuses new ones. */
   kill(): Promise<void>;
+  /** After `kill()`: the same server again. */
+  restart(): Promise<void>;
 }
 
 /**
@@ -58,6 +60,30 @@ export async function startSshd(lab: LabDirectory): Promise<LabSshd> {
       ...['PidFile none', 'UsePAM no', 'StrictModes no', 'PasswordAuthentication no', ''],
     ].join('\n'),
   );
+  const start = (): Promise<LabNamespace> => runSshd({ directory, unpacked, port });
+  let namespace = await start();
+  undo.defer(() => namespace[Symbol.asyncDispose]());
+  const steps = undo.move();
+  return {
+    port,
+    keyFile: file('user'),
+    knownHostsFile: file('host.known'),
+    foreignHostsFile: file('foreign.known'),
+    kill: async () => {
+      await namespace[Symbol.asyncDispose]();
+    },
+    restart: async () => {
+      namespace = await start();
+    },
+    [Symbol.asyncDispose]: () => steps.run(),
+  };
+}
+
+/** It ends with the namespace, as its sessions do. */
+async function runSshd(place: { directory: string; unpacked: string; port: number }): Promise<LabNamespace> {
+  const { directory, unpacked, port } = place;
+  const file = (name: string): string => path.join(directory, name);
+  await using undo = new CleanupStack();
   const namespace = undo.use(
     await startNamespace([
       { tmpfs: '/run' },
@@ -68,23 +94,13 @@ export async function startSshd(lab: LabDirectory): Promise<LabSshd> {
   const libraries = path.join(unpacked, 'usr/lib/x86_64-linux-gnu');
   const program = [`LD_LIBRARY_PATH=${libraries}`, path.join(unpacked, 'usr/sbin/sshd')];
   const args = namespace.entering('env', [...program, '-D', '-e', '-f', file('sshd_config')]);
-  // It ends with the namespace, as its sessions do.
   await startServer('nsenter', args, {
     owner: 'lab',
     readyTimeoutMs: READY_TIMEOUT_MS,
     isReady: () => isSshd(port),
   });
-  const steps = undo.move();
-  return {
-    port,
-    keyFile: file('user'),
-    knownHostsFile: file('host.known'),
-    foreignHostsFile: file('foreign.known'),
-    kill: async () => {
-      await namespace[Symbol.asyncDispose]();
-    },
-    [Symbol.asyncDispose]: () => steps.run(),
-  };
+  undo.release();
+  return namespace;
 }
 
 /** Answers the directory in the cache it is unpacked in. */

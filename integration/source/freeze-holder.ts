@@ -11,7 +11,7 @@ const agentTimeoutMs = 5000;
 const guest =
   kind === 'qemu'
     ? openQemuGuest(address, { agentTimeoutMs })
-    : openLibvirtGuest({ uri: address, uuid, agentTimeoutMs });
+    : openLibvirtGuest({ uri: address, uuid, isLocal: true, agentTimeoutMs });
 await takeFrozen(
   guest,
   { wish: 'require', limitMs: 60_000, note: () => undefined, signal: new AbortController().signal },

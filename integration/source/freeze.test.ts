@@ -38,7 +38,7 @@ beforeAll(async () => {
   for (const { path } of disks) await makeGuestDisk({ path, sizeBytes: 64 * MIB });
   const domain = { name: 'lived', uuid, disks, serialFile: lab.file('serial') };
   lived = await startGuest(libvirt, { ...domain, mode: 'writer' });
-  guest = openLibvirtGuest({ uri: libvirt.uri, uuid, agentTimeoutMs: AGENT_TIMEOUT_MS });
+  guest = openLibvirtGuest({ uri: libvirt.uri, uuid, isLocal: true, agentTimeoutMs: AGENT_TIMEOUT_MS });
 }, 240_000);
 
 afterAll(() => cleanup.run());
@@ -102,7 +102,7 @@ describe('a domain whose agent answers', () => {
   });
 
   it('thaws by itself when a timer was armed in it and nobody comes', async () => {
-    const agent = libvirtAgent({ uri: libvirt.uri, uuid, agentTimeoutMs: AGENT_TIMEOUT_MS });
+    const agent = libvirtAgent({ uri: libvirt.uri, uuid });
     const timer = await armGuestTimer(agent, { limitMs: 3000, callTimeoutMs: 10_000 });
     expect(timer).toMatchObject({ kind: 'guest', reason: null });
     expect(await guest.freeze({ timeoutMs: 10_000, signal })).toBe(2);
@@ -111,7 +111,7 @@ describe('a domain whose agent answers', () => {
   });
 
   it('stays frozen beyond the time of a timer that was disarmed', async () => {
-    const agent = libvirtAgent({ uri: libvirt.uri, uuid, agentTimeoutMs: AGENT_TIMEOUT_MS });
+    const agent = libvirtAgent({ uri: libvirt.uri, uuid });
     const timer = await armGuestTimer(agent, { limitMs: 3000, callTimeoutMs: 10_000 });
     await timer.disarm();
     await guest.freeze({ timeoutMs: 10_000, signal });
@@ -137,6 +137,18 @@ describe('a domain whose agent answers', () => {
   }, 60_000);
 });
 
+it('is guarded from within when its libvirt is on another host', async () => {
+  const afar = openLibvirtGuest({
+    uri: libvirt.uri,
+    uuid,
+    isLocal: false,
+    agentTimeoutMs: AGENT_TIMEOUT_MS,
+  });
+  const guard = await afar.guard(3000);
+  expect([guard.kind, guard.reason]).toEqual(['guest', null]);
+  await guard.disarm();
+});
+
 describe('a domain whose agent does not answer', () => {
   async function expectNoFreeze(without: FreezableGuest, withinMs: number): Promise<void> {
     const options = makeOptions('prefer');
@@ -158,6 +170,7 @@ describe('a domain whose agent does not answer', () => {
       const without = openLibvirtGuest({
         uri: libvirt.uri,
         uuid: bare.uuid,
+        isLocal: true,
         agentTimeoutMs: AGENT_TIMEOUT_MS,
       });
       await expectNoFreeze(without, 1500);

@@ -15,8 +15,8 @@ import {
 import { runTool } from '../../src/lib/process.js';
 import { MIB } from '../../src/lib/units.js';
 import { parseDomain } from '../../src/libvirt/domain.js';
-import { openLocalHost } from '../../src/source/libvirt/local-host.js';
 import { openLibvirtGuest } from '../../src/source/libvirt/libvirt-guest.js';
+import { openLocalHost } from '../../src/source/libvirt/local-host.js';
 import { takeLiveSnapshot, type LiveDomain } from '../../src/source/libvirt/live-snapshot.js';
 import { domainXml, type LabDomain } from '../lab/domain-xml.js';
 import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
@@ -234,10 +234,10 @@ export class RigDomain {
     const { uri } = this.libvirt;
     const { commandTimeoutMs: timeoutMs, agentTimeoutMs } = settings.snapshot;
     const domain = parseDomain(await this.run('dumpxml'));
-    const link = { uri, uuid: domain.uuid, timeoutMs };
-    const guest = openLibvirtGuest({ uri, uuid: domain.uuid, agentTimeoutMs });
+    const link = { uri, isLocal: true, lost: null, uuid: domain.uuid, timeoutMs };
+    const openGuest: LiveDomain['openGuest'] = (run) => openLibvirtGuest({ ...link, agentTimeoutMs, run });
     const host = openLocalHost({ timeoutMs });
-    return { link, host, runtimeDirectory, domain, guest, settings, configFiles: [] };
+    return { link, host, runtimeDirectory, domain, openGuest, settings, configFiles: [] };
   }
 
   request(

@@ -113,7 +113,7 @@ describe('a snapshot of a running domain', () => {
       const stop = (): void => {
         giveUp.abort(cancelled());
       };
-      const guest: LiveDomain['guest'] = {
+      const guest: ReturnType<LiveDomain['openGuest']> = {
         ping: () => Promise.resolve(),
         freeze: () => {
           if (delayMs !== null) setTimeout(stop, delayMs);
@@ -126,7 +126,7 @@ describe('a snapshot of a running domain', () => {
         guard: () => Promise.resolve({ kind: 'process', reason: null, disarm: () => Promise.resolve() }),
       };
       const request = { ...domain.request(), consistency: 'prefer' as const, signal: giveUp.signal };
-      expect(await codeOf(lab.take({ ...live, guest }, request))).toBe('CANCELLED');
+      expect(await codeOf(lab.take({ ...live, openGuest: () => guest }, request))).toBe('CANCELLED');
       expect(await domain.checkpoints()).toEqual([]);
       await lab.expectNothing(domain);
     },

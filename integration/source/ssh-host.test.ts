@@ -1,4 +1,5 @@
 import { execFile } from 'node:child_process';
+import { once } from 'node:events';
 import {
   chmod,
   chown,
@@ -12,6 +13,7 @@ import {
   symlink,
   writeFile,
 } from 'node:fs/promises';
+import net from 'node:net';
 import path from 'node:path';
 import { promisify } from 'node:util';
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from 'vitest';
@@ -22,7 +24,9 @@ import { connectNbd } from '../../src/nbd/index.js';
 import { BASE_ALLOCATION } from '../../src/nbd/extents.js';
 import { startQemuNbd } from '../../src/nbd/qemu-nbd.js';
 import type { HypervisorHost } from '../../src/source/libvirt/hypervisor-host.js';
-import { openHypervisorHost } from '../../src/source/libvirt/open-hypervisor-host.js';
+import { parseLibvirtUri } from '../../src/libvirt/libvirt-uri.js';
+import { openLocalHost } from '../../src/source/libvirt/local-host.js';
+import { openSshHost, type SshHostOptions } from '../../src/source/libvirt/ssh-host.js';
 import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
 import { findDescendants } from '../lab/leftovers.js';
 import { pathExists } from '../lab/server.js';
@@ -42,6 +46,11 @@ const options = () => ({
 });
 const sshUri = (knownHosts = sshd.knownHostsFile) =>
   `qemu+ssh://root@127.0.0.1:${sshd.port}/system?keyfile=${sshd.keyFile}&known_hosts=${knownHosts}`;
+
+async function openHost(uri: string, how: SshHostOptions): Promise<HypervisorHost> {
+  const { host } = parseLibvirtUri(uri);
+  return host === null ? openLocalHost(how) : openSshHost(host, how);
+}
 
 beforeAll(async () => {
   lab = await makeLabDirectory();
@@ -65,7 +74,7 @@ describe.each([
   let runId: RunId;
 
   beforeAll(async () => {
-    host = await openHypervisorHost(uri(), options());
+    host = await openHost(uri(), options());
   });
 
   afterAll(async () => {
@@ -253,7 +262,7 @@ describe('logging in', () => {
   it('refuses a host whose key is another one, and one that is not known', async () => {
     await writeFile(lab.file('empty.known'), '');
     for (const file of [sshd.foreignHostsFile, lab.file('empty.known')]) {
-      await expect(openHypervisorHost(sshUri(file), options())).rejects.toMatchObject({
+      await expect(openHost(sshUri(file), options())).rejects.toMatchObject({
         code: 'SOURCE_REFUSED',
         message: expect.stringContaining('verification failed') as string,
       });
@@ -263,13 +272,13 @@ describe('logging in', () => {
 
   it('says that nobody is there', async () => {
     const uri = sshUri().replace(`:${sshd.port}/`, ':1/');
-    await expect(openHypervisorHost(uri, options())).rejects.toMatchObject({ code: 'SOURCE_UNREACHABLE' });
+    await expect(openHost(uri, options())).rejects.toMatchObject({ code: 'SOURCE_UNREACHABLE' });
   });
 
   it('refuses without a key that fits', async () => {
     const other = lab.file('ssh/foreign');
     const uri = sshUri().replace(sshd.keyFile, other);
-    await expect(openHypervisorHost(uri, options())).rejects.toMatchObject({ code: 'SOURCE_REFUSED' });
+    await expect(openHost(uri, options())).rejects.toMatchObject({ code: 'SOURCE_REFUSED' });
   });
 
   it.each([
@@ -277,20 +286,35 @@ describe('logging in', () => {
     'qemu+ssh://-l@host/system',
     'qemu+ssh://h/system?keyfile=/a%20b',
   ])('starts nothing for %s', async (uri) => {
-    await expect(openHypervisorHost(uri, options())).rejects.toMatchObject({ code: 'INVALID_INPUT' });
+    await expect(openHost(uri, options())).rejects.toMatchObject({ code: 'INVALID_INPUT' });
   });
 
   it('runs nothing that an odd name asks for', async () => {
-    await using host = await openHypervisorHost(sshUri(), options());
+    await using host = await openHost(sshUri(), options());
     const planted = lab.file('planted');
     const name = `${lab.path}/$(touch ${planted})'; touch ${planted}; '`;
     expect(await host.readFile(name, 10, { signal })).toBeNull();
     expect(await pathExists(planted)).toBe(false);
   });
 
+  it('tells which of several sockets is there first', async () => {
+    const { host } = parseLibvirtUri(sshUri());
+    if (host === null) throw new Error('no host');
+    await using afar = await openSshHost(host, options());
+    const [absent, file, first, second] = ['absent', 'empty.known', 'a b.sock', 'c.sock'].map((it) =>
+      lab.file(it),
+    );
+    const servers = [first, second].map((name) => net.createServer().listen(name));
+    await Promise.all(servers.map((server) => once(server, 'listening')));
+    const paths = [absent, file, first, second] as string[];
+    expect(await afar.findSocket(paths, { signal })).toBe(first);
+    for (const server of servers) server.close();
+    expect(await afar.findSocket(paths, { signal })).toBeNull();
+  });
+
   it('is noticed when the host is gone', async () => {
     const before = (await findDescendants()).length;
-    const host = await openHypervisorHost(sshUri(), options());
+    const host = await openHost(sshUri(), options());
     await sshd.kill();
     await expect(host.capacity(lab.path, { signal })).rejects.toMatchObject({ code: 'SOURCE_UNREACHABLE' });
     await host[Symbol.asyncDispose]();

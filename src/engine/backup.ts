@@ -8,7 +8,7 @@ import { formatBytes } from '../lib/units.js';
 import { bitmapNameFor } from '../source/bitmap-name.js';
 import { parseVmSource } from '../source/disk-source.js';
 import { openSource } from '../source/open-source.js';
-import type { MachineRecord, Source, SourceSnapshot, VmFacts } from '../source/source.js';
+import type { DiskFacts, MachineRecord, Source, SourceSnapshot, VmFacts } from '../source/source.js';
 import type { ActiveRun } from './active-run.js';
 import {
   openCapture,
@@ -20,6 +20,7 @@ import {
 import { findOwnRecords, obsoleteRecords, type OwnRecords } from './change-records.js';
 import type { EngineContext } from './context.js';
 import { chooseDisks } from './disk-choice.js';
+import { cleanUpEarlierRuns } from './earlier-runs.js';
 import { refreshVm, sourceOptions } from './follow-machine.js';
 import { planDisks, toSourceDisk, type BackupRunRequest } from './plan-backup.js';
 import type { DiskView, RunResult } from './types.js';
@@ -134,19 +135,6 @@ async function removeLeftovers(run: ActiveRun, repository: Repository, lease: Le
     message: `removed ${files.length} unfinished file(s) of earlier runs`,
     details: { files },
   });
-}
-
-/** A run that died while its hypervisor could not be asked left something there; this one can ask. */
-async function cleanUpEarlierRuns(context: EngineContext, run: ActiveRun, source: Source): Promise<void> {
-  const { vmId, repositoryId } = run.row;
-  if (vmId === null) return;
-  const latest = await context.db.runs.list({ kind: 'backup', vmId }, { limit: 20, cursor: null });
-  for (const row of latest.rows) {
-    if (row.repositoryId !== repositoryId || row.id === run.id || row.pointId === null) continue;
-    if (row.state === 'completed') return;
-    if (row.state !== 'interrupted') continue;
-    await source.cleanUp({ runId: row.id, pointId: row.pointId, isCommitted: false }, { signal: run.signal });
-  }
 }
 
 /**
@@ -385,7 +373,11 @@ async function settleRecords(
   snapshot: SourceSnapshot,
   manifest: PointManifest,
 ): Promise<void> {
-  const obsolete = obsoleteRecords(own, manifest.repositoryId, [...points, manifest]);
+  const present = vm.disks.filter(({ facts }) => (facts as DiskFacts | null)?.isPresent === true);
+  const obsolete = obsoleteRecords(own, manifest.repositoryId, {
+    points: [...points, manifest],
+    diskIds: present.map(({ id }) => id),
+  });
   await snapshot.commit(obsolete);
   if (vm.facts === null) return;
   const name = bitmapNameFor(pointId);

@@ -38,6 +38,8 @@ export interface CaptureDecision {
   parent: { pointId: PointId; layerId: LayerId; sizeBytes: number } | null;
   bitmap: string | null;
   changeIdFrom: string | null;
+  /** The point at whose instant the bitmap began, in the parent's chain. */
+  countsFrom: PointId | null;
 }
 
 /**
@@ -79,9 +81,11 @@ export function decideCapture(input: CaptureInput): CaptureDecision {
  * older one in its place belongs to a disk that was put back to an earlier state, which it knows nothing of.
  */
 function decideManaged(input: CaptureInput, head: DiskHead): CaptureDecision {
-  const since = head.ancestors[0];
-  const record = input.probe.records.find(({ bitmap }) => bitmap === since?.changeIdTo);
-  if (since === undefined || record === undefined) return decideUnrecorded(input, head);
+  const changeId = head.ancestors[0]?.changeIdTo ?? '';
+  const record = input.probe.records.find(({ bitmap }) => bitmap === changeId);
+  const since = head.ancestors.find(({ pointId }) => pointId === pointOfBitmap(changeId));
+  const isPossible = input.probe.noRecordReason === null;
+  if (since === undefined || record === undefined || !isPossible) return decideUnrecorded(input, head);
   if (record.isInconsistent) {
     return fullUnlessInsisted(input, 'BITMAP_INCONSISTENT', `the bitmap ${record.bitmap} is inconsistent`);
   }
@@ -152,7 +156,14 @@ function fullUnlessInsisted(input: CaptureInput, code: CaptureReasonCode, senten
 }
 
 function full(code: CaptureReasonCode, sentence: string): CaptureDecision {
-  return { method: 'full', reason: { code, sentence }, parent: null, bitmap: null, changeIdFrom: null };
+  return {
+    method: 'full',
+    reason: { code, sentence },
+    parent: null,
+    bitmap: null,
+    changeIdFrom: null,
+    countsFrom: null,
+  };
 }
 
 function compare(head: DiskHead, code: CaptureReasonCode, sentence: string): CaptureDecision {
@@ -162,6 +173,7 @@ function compare(head: DiskHead, code: CaptureReasonCode, sentence: string): Cap
     parent: parentOf(head),
     bitmap: null,
     changeIdFrom: null,
+    countsFrom: null,
   };
 }
 
@@ -177,6 +189,7 @@ function incremental(
     parent: parentOf(head),
     bitmap,
     changeIdFrom: since.changeIdTo,
+    countsFrom: since.pointId,
   };
 }
 

@@ -1,4 +1,10 @@
-import type { ComposedSums, Lease, PartialLayer, Repository } from '../../repository/index.js';
+import {
+  LAYER_ABSENT,
+  type ComposedSums,
+  type Lease,
+  type PartialLayer,
+  type Repository,
+} from '../../repository/index.js';
 import { CleanupStack } from '../lib/cleanup.js';
 import { AppError } from '../lib/errors.js';
 import { newId, type LayerId, type RunId, type VmId } from '../lib/id.js';
@@ -34,6 +40,8 @@ export interface DiskPlan {
   decision: CaptureDecision;
   /** What the chain holds, for a compare. Whoever made the plan closes it. */
   known: ComposedSums | null;
+  /** What the points after the one that the bitmap counts from hold; closed likewise. */
+  newer: ComposedSums | null;
 }
 
 export interface CaptureTotals {
@@ -252,8 +260,16 @@ class NbdCapture implements DiskCapture {
       if (parentBytes !== undefined && parentBytes < this.plan.probe.sizeBytes) {
         markGrown(map, parentBytes, CLUSTER_BYTES);
       }
+      await this.#markNewer(map);
       yield map;
     }
+  }
+
+  async #markNewer(map: ClusterMap): Promise<void> {
+    const { newer } = this.plan;
+    if (newer === null) return;
+    const { layers } = await newer.window(map.offset / CLUSTER_BYTES, map.isDirty.length);
+    for (const [index, layer] of layers.entries()) if (layer !== LAYER_ABSENT) map.isDirty[index] = 1;
   }
 
   #planned(map: ClusterMap): PlannedWindow {

@@ -1,5 +1,5 @@
 import type { PointManifest } from '../../repository/index.js';
-import type { PointId, RepositoryId, VmId } from '../lib/id.js';
+import type { DiskId, PointId, RepositoryId, VmId } from '../lib/id.js';
 import type { MachineRecord } from '../source/source.js';
 import { findHead } from './capture-decision.js';
 import type { EngineContext } from './context.js';
@@ -34,15 +34,14 @@ export async function findOwnRecords(
 }
 
 /**
- * Our records of one repository that no disk counts from any more, once `points` (all of the VM there, the
- * new one too) exist. A disk that was left out of the last run still counts from an older one.
+ * Our records of one repository that none of the machine's present disks counts from any more, once `points` (all
+ * of the VM there, the new one too) exist. A disk that was left out of the last run still counts from an older one.
  */
 export function obsoleteRecords(
   own: OwnRecords,
   repositoryId: RepositoryId,
-  points: readonly PointManifest[],
+  { points, diskIds }: { points: readonly PointManifest[]; diskIds: readonly DiskId[] },
 ): string[] {
-  const diskIds = new Set(points.flatMap(({ disks }) => disks.map(({ diskId }) => diskId)));
   const needed = new Set<string>();
   for (const diskId of diskIds) {
     const changeId = findHead(points, diskId)?.ancestors[0]?.changeIdTo;

@@ -38,7 +38,7 @@ async function planDisk(input: PlanInput, disk: DiskView, probe: DiskProbe): Pro
   const head = findHead(points, disk.id);
   const stated = request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null;
   const tracking = disk.source?.changeTracking ?? 'auto';
-  const { decision, known } = await decideOverChain({
+  const { decision, known, newer } = await decideOverChain({
     repository,
     head: points.find(({ pointId }) => pointId === head?.pointId),
     diskId: disk.id,
@@ -47,7 +47,7 @@ async function planDisk(input: PlanInput, disk: DiskView, probe: DiskProbe): Pro
     cleanup: input.cleanup,
     signal: input.signal,
   });
-  return { disk, probe, decision, known };
+  return { disk, probe, decision, known, newer };
 }
 
 /** CONFLICT for a disk known only from a repository: nobody knows where to read it. */

@@ -43,17 +43,17 @@ export interface ToolResult {
   exitCode: number;
 }
 
-/** The one place that hands a minimal environment to children. */
-const TOOL_ENV = (): NodeJS.ProcessEnv => ({
-  PATH: process.env['PATH'] ?? '/usr/sbin:/usr/bin:/sbin:/bin',
-  LC_ALL: 'C',
-});
-
 /**
- * execa's own handler ends children and then this process on SIGTERM, before anything was cleaned up.
- * Children have owners here, and the parent-death signal for the rest.
+ * For every child: a minimal environment, and none of execa's own handling of SIGTERM, which ends children and
+ * then this process before anything was cleaned up. Children have owners here, and the parent-death signal.
  */
-const NO_SIGNAL_HANDLER = { cleanup: false } as const;
+const childOptions = () =>
+  ({
+    env: { PATH: process.env['PATH'] ?? '/usr/sbin:/usr/bin:/sbin:/bin', LC_ALL: 'C' },
+    extendEnv: false,
+    reject: false,
+    cleanup: false,
+  }) as const;
 
 /**
  * The child dies with this process also on `kill -9` of it (prctl(2) PR_SET_PDEATHSIG, set by
@@ -74,16 +74,13 @@ export async function runTool(
 ): Promise<ToolResult> {
   const [command, argv] = withParentDeath(tool, args);
   const child = execa(command, argv, {
-    env: TOOL_ENV(),
-    extendEnv: false,
-    reject: false,
-    ...NO_SIGNAL_HANDLER,
+    ...childOptions(),
     timeout: options.timeoutMs,
     forceKillAfterDelay: KILL_AFTER_MS,
     maxBuffer: 64 * 1024 * 1024,
     ...(options.signal === undefined ? {} : { cancelSignal: options.signal }),
     ...(options.cwd === undefined ? {} : { cwd: options.cwd }),
-    ...(options.input === undefined ? { stdin: options.stdinFd ?? ('ignore' as const) } : { input: options.input }),
+    ...standardInput(options),
   });
   if (options.onOutput !== undefined) {
     const listener = options.onOutput;
@@ -107,6 +104,12 @@ export async function runTool(
     throw new ToolError(tool, { exitCode: result.exitCode, signal: result.signal, stderrTail }, result.cause);
   }
   return { stdout: result.stdout, stderr: result.stderr, exitCode: result.exitCode };
+}
+
+function standardInput({ input, stdinFd }: ToolOptions): { input: string } | { stdin: 'ignore' | 0 } {
+  if (input !== undefined) return { input };
+  // execa hands any descriptor on; its types know only the standard ones.
+  return { stdin: stdinFd === undefined ? 'ignore' : (stdinFd as 0) };
 }
 
 /** setpriv answers 127 (126 in other versions) when it cannot execute the tool. */
@@ -263,10 +266,7 @@ export async function startServer(
 function spawnServer(tool: string, args: readonly string[], cwd: string) {
   const [command, argv] = withParentDeath(tool, args);
   return execa(command, argv, {
-    env: TOOL_ENV(),
-    extendEnv: false,
-    reject: false,
-    ...NO_SIGNAL_HANDLER,
+    ...childOptions(),
     stdin: 'ignore',
     stdout: 'ignore',
     buffer: false,
@@ -317,14 +317,27 @@ function superviseServer(
   };
 }
 
-/** A running child that is told things on its standard input and may outlive us. */
-export interface DetachedChild {
+/** A running child that is spoken to on its standard input. */
+export interface SpokenChild {
   readonly pid: number;
   /** Settles when the child has ended, however it ended; never rejects. */
-  readonly exited: Promise<{ exitCode: number | undefined; signal: string | undefined }>;
+  readonly exited: Promise<{ exitCode: number | undefined; signal: string | undefined; cause: unknown }>;
+  /** Told after its end, nothing happens. */
+  write(text: string): void;
   /** The last it is told: writes `text` and closes its standard input. Told after its end, nothing happens. */
   end(text: string): void;
   kill(): void;
+}
+
+export interface ChildListeners {
+  stdout: (text: string) => void;
+  /** Absent: nobody hears it. */
+  stderr?: (text: string) => void;
+}
+
+/** Starts a child whose words go to the listeners as they come. Whoever started it kills it. */
+export function startSpoken(tool: string, args: readonly string[], listeners: ChildListeners): SpokenChild {
+  return spawnSpoken(withParentDeath(tool, args), { listeners, isDetached: false });
 }
 
 /**
@@ -337,43 +350,51 @@ export async function startDetached(
   tool: string,
   args: readonly string[],
   options: { readyTimeoutMs: number },
-): Promise<DetachedChild> {
-  const child = execa(tool, args, {
-    env: TOOL_ENV(),
-    extendEnv: false,
-    reject: false,
-    ...NO_SIGNAL_HANDLER,
-    detached: true,
-    stdin: 'pipe',
-    stderr: 'ignore',
-    buffer: false,
-    cwd: '/',
+): Promise<SpokenChild> {
+  let isReady: () => void = () => undefined;
+  const ready = new Promise<void>((resolve) => (isReady = resolve));
+  const child = spawnSpoken([tool, args], {
+    listeners: {
+      stdout: () => {
+        isReady();
+      },
+    },
+    isDetached: true,
   });
-  const exited = child.then(({ exitCode, signal, cause }) => ({ exitCode, signal, cause }));
-  const started = new Promise<void>((resolve, reject) => {
-    child.stdout.once('data', () => {
-      resolve();
-    });
-    void exited.then(({ cause, ...facts }) => {
-      reject(new ToolError(tool, { ...facts, stderrTail: '' }, cause));
-    });
+  const tooEarly = child.exited.then(({ cause, ...facts }) => {
+    throw new ToolError(tool, { ...facts, stderrTail: '' }, cause);
   });
+  const started = Promise.race([ready, tooEarly]);
   try {
     await withDeadline(started, { timeoutMs: options.readyTimeoutMs, what: `${tool} becoming ready` });
   } catch (error) {
-    child.kill('SIGKILL');
+    child.kill();
     throw error;
   }
+  return child;
+}
+
+function spawnSpoken(
+  [command, args]: [string, readonly string[]],
+  { listeners, isDetached }: { listeners: ChildListeners; isDetached: boolean },
+): SpokenChild {
+  const child = execa(command, args, {
+    ...childOptions(),
+    detached: isDetached,
+    stdin: 'pipe',
+    stderr: listeners.stderr === undefined ? 'ignore' : 'pipe',
+    buffer: false,
+    cwd: '/',
+  });
+  child.stdout.setEncoding('utf8').on('data', listeners.stdout);
+  if (listeners.stderr !== undefined) child.stderr?.setEncoding('utf8').on('data', listeners.stderr);
   return {
     get pid() {
       return child.pid ?? -1;
     },
-    exited,
-    end: (text) => {
-      child.stdin.end(text);
-    },
-    kill: () => {
-      child.kill('SIGKILL');
-    },
+    exited: child.then(({ exitCode, signal, cause }) => ({ exitCode, signal, cause })),
+    write: (text) => child.stdin.write(text),
+    end: (text) => child.stdin.end(text),
+    kill: () => child.kill('SIGKILL'),
   };
 }

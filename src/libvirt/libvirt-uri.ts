@@ -2,12 +2,19 @@ import { AppError } from '../lib/errors.js';
 
 const MAX_URI_CHARACTERS = 2048;
 
-/** Where a hypervisor is reached. */
+/** Another host, as ssh is to reach it; null is for ssh's own configuration to say. */
+export interface RemoteHost {
+  name: string;
+  user: string | null;
+  port: number | null;
+  keyFile: string | null;
+  knownHostsFile: string | null;
+}
+
+/** Where a hypervisor is reached. Holds no secret. */
 export interface LibvirtUri {
-  /** As virsh takes it; holds no secret. */
-  text: string;
   /** Null for a daemon of this host, whatever its socket. */
-  host: { name: string; user: string | null; port: number | null; keyFile: string | null } | null;
+  host: RemoteHost | null;
   /** The daemon's socket where it is not the usual one. */
   socket: string | null;
 }
@@ -41,7 +48,6 @@ export function parseLibvirtUri(text: string): LibvirtUri {
   const parameters = readParameters(url);
   checkDaemon(url.pathname, isRemote);
   return {
-    text: isRemote ? withoutPrompts(text, parameters) : text,
     host: isRemote ? remoteHost(url, parameters) : noHost(url),
     socket: parameters.get('socket') ?? null,
   };
@@ -87,7 +93,7 @@ function noHost(url: URL): null {
   return null;
 }
 
-function remoteHost(url: URL, parameters: Map<string, string>): NonNullable<LibvirtUri['host']> {
+function remoteHost(url: URL, parameters: Map<string, string>): RemoteHost {
   const name = url.hostname.replace(/^\[(.*)\]$/, '$1');
   const user = url.username === '' ? null : url.username;
   // Both become words of ssh's command line.
@@ -98,11 +104,15 @@ function remoteHost(url: URL, parameters: Map<string, string>): NonNullable<Libv
     user,
     port: url.port === '' ? null : Number(url.port),
     keyFile: parameters.get('keyfile') ?? null,
+    knownHostsFile: parameters.get('known_hosts') ?? null,
   };
 }
 
-/** ssh must fail, not ask on a terminal, when it has no key. */
-function withoutPrompts(text: string, parameters: Map<string, string>): string {
-  if (parameters.has('no_tty')) return text;
-  return `${text}${text.includes('?') ? '&' : '?'}no_tty=1`;
+/**
+ * What virsh may be given. Rejects with INVALID_INPUT what `parseLibvirtUri` does, and another host: virsh would start
+ * an ssh of its own, which knows nothing of our files and deadlines and may ask for a password.
+ */
+export function localUri(text: string): string {
+  if (parseLibvirtUri(text).host !== null) throw invalid('virsh is to talk to this host only');
+  return text;
 }

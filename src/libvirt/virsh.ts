@@ -1,9 +1,9 @@
 import { AppError, type ErrorCode } from '../lib/errors.js';
 import { runTool, ToolError } from '../lib/process.js';
-import { parseLibvirtUri } from './libvirt-uri.js';
+import { localUri } from './libvirt-uri.js';
 
 export interface VirshOptions {
-  /** Checked by `parseLibvirtUri` before anything is started. */
+  /** Of this host; checked by `localUri` before anything is started. */
   uri: string;
   timeoutMs: number;
   signal?: AbortSignal | undefined;
@@ -21,7 +21,7 @@ const FAILURES: readonly (readonly [RegExp, ErrorCode])[] = [
     'SOURCE_REFUSED',
   ],
   [
-    /failed to connect to the hypervisor|End of file while reading data|client socket is closed|Cannot recv data|Cannot write data|Disconnected from .* due to|connection (is )?(closed|not open)/i,
+    /failed to (re)?connect to the hypervisor|End of file while reading data|client socket is closed|Cannot recv data|Cannot write data|Disconnected from .* due to|connection (is )?(closed|not open)/i,
     'SOURCE_UNREACHABLE',
   ],
   [
@@ -41,25 +41,29 @@ const FAILURES: readonly (readonly [RegExp, ErrorCode])[] = [
  * NOT_FOUND, SOURCE_BUSY, else SOURCE_REFUSED, always with libvirt's own words; TIMEOUT, or the signal's reason.
  */
 export async function virsh(args: readonly string[], options: VirshOptions): Promise<string> {
-  const { text } = parseLibvirtUri(options.uri);
+  const uri = localUri(options.uri);
   const quiet = options.withRemarks === true ? [] : ['--quiet'];
   try {
-    const { stdout } = await runTool('virsh', ['--connect', text, ...quiet, ...args], {
+    const { stdout } = await runTool('virsh', ['--connect', uri, ...quiet, ...args], {
       timeoutMs: options.timeoutMs,
       signal: options.signal,
     });
     return stdout;
   } catch (error) {
     if (!(error instanceof ToolError)) throw error;
-    throw explainFailure(args[0] ?? 'virsh', error);
+    throw explainFailure(args[0] ?? 'virsh', { stderr: error.stderrTail, cause: error });
   }
 }
 
-function explainFailure(command: string, error: ToolError): AppError {
-  const words = libvirtWords(error.stderrTail);
+/** What a command's failure means, by what virsh wrote to standard error. */
+export function explainFailure(
+  command: string,
+  { stderr, cause }: { stderr: string; cause?: unknown },
+): AppError {
+  const words = libvirtWords(stderr);
   const code = FAILURES.find(([pattern]) => pattern.test(words))?.[1] ?? 'SOURCE_REFUSED';
   return new AppError(code, `virsh ${command}: ${words === '' ? 'failed without a word' : words}`, {
-    cause: error,
+    cause,
     details: { command, libvirt: words },
   });
 }

@@ -103,7 +103,8 @@ async function freeze(guest: FreezableGuest, options: FrozenOptions): Promise<Fr
       const isLate = thawing !== undefined || performance.now() - startedMs > limitMs;
       const thawed = await thawOnce();
       if (isLate) return `the freeze was undone, because it would have lasted longer than ${limitMs} ms`;
-      if (thawed === null) return 'it is not known whether the guest was frozen all the time: the thaw failed';
+      if (thawed === null)
+        return 'it is not known whether the guest was frozen all the time: the thaw failed';
       if (thawed.count === 0) {
         return 'the guest had no frozen filesystems at the end: somebody thawed it before';
       }

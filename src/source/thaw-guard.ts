@@ -1,6 +1,6 @@
 import { withDeadline } from '../lib/deadline.js';
 import { isErrorCode } from '../lib/errors.js';
-import { startDetached, type DetachedChild } from '../lib/process.js';
+import { startDetached, type SpokenChild } from '../lib/process.js';
 
 const READY_TIMEOUT_MS = 5000;
 const END_TIMEOUT_MS = 5000;
@@ -60,7 +60,7 @@ export async function armGuard(options: { undo: readonly string[]; limitMs: numb
   };
 }
 
-async function disarm(child: DetachedChild): Promise<void> {
+async function disarm(child: SpokenChild): Promise<void> {
   child.end('done\n');
   try {
     await withDeadline(child.exited, { timeoutMs: END_TIMEOUT_MS, what: 'the guard ending' });

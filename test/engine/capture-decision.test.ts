@@ -172,8 +172,9 @@ describe('decideCapture with records that Holdfast makes', () => {
 
   it('counts from the older record that the last point says goes on', () => {
     const older = bitmapNameFor(OLDER);
-    const offline = { ...head, ancestors: [{ pointId: HEAD, changeIdTo: older }] };
-    const decision = decideCapture(managed([good(older)], { head: offline }));
+    const ancestors = [HEAD, OLDER].map((pointId) => ({ pointId, changeIdTo: older }));
+    const decision = decideCapture(managed([good(older)], { head: { ...head, ancestors } }));
+    expect(decision.countsFrom).toBe(OLDER);
     expect(decision).toMatchObject({ method: 'bitmap', bitmap: older, changeIdFrom: older });
     expect(decision.parent?.pointId).toBe(HEAD);
   });
@@ -184,6 +185,18 @@ describe('decideCapture with records that Holdfast makes', () => {
     const raw = decideCapture(managed([], { noRecordReason: 'raw images keep no bitmaps' }));
     expect(raw).toMatchObject({ method: 'compare', reason: { code: 'NO_CHANGE_RECORD' } });
     expect(raw.reason.sentence).toContain('raw images keep no bitmaps');
+  });
+
+  it('compares a disk that can have no record now, whatever it is said to have', () => {
+    const broken = [{ bitmap: bitmapNameFor(HEAD), isInconsistent: true }];
+    const raw = decideCapture(managed(broken, { noRecordReason: 'raw images keep no bitmaps' }));
+    expect(raw).toMatchObject({ method: 'compare', reason: { code: 'NO_CHANGE_RECORD' } });
+  });
+
+  it('does not trust a record of a point that the chain does not stand on', () => {
+    const ancestors = [{ pointId: HEAD, changeIdTo: bitmapNameFor(OLDER) }];
+    const decision = decideCapture(managed([good(bitmapNameFor(OLDER))], { head: { ...head, ancestors } }));
+    expect(decision).toMatchObject({ method: 'compare', bitmap: null });
   });
 
   it('takes a full without the record when a bitmap is expected', () => {

@@ -35,7 +35,9 @@ it('removes the records of older points of this repository, and of runs that cam
     [other, elsewhere],
     [nameOf(b), here],
   ]);
-  expect(obsoleteRecords(own, here, [a, b]).sort()).toEqual([nameOf(a), failed].sort());
+  expect(obsoleteRecords(own, here, { points: [a, b], diskIds: [vda, vdb] }).sort()).toEqual(
+    [nameOf(a), failed].sort(),
+  );
 });
 
 it('keeps the record a disk still counts from that the last run left out', () => {
@@ -44,11 +46,22 @@ it('keeps the record a disk still counts from that the last run left out', () =>
     [nameOf(a), here],
     [nameOf(b), here],
   ]);
-  expect(obsoleteRecords(own, here, [a, b])).toEqual([]);
+  expect(obsoleteRecords(own, here, { points: [a, b], diskIds: [vda, vdb] })).toEqual([]);
 });
 
 it('keeps the older record that a point of a machine that was off goes on with', () => {
   const a = point([{ diskId: vda }]);
   const offline = point([{ diskId: vda, changeIdTo: nameOf(a) }]);
-  expect(obsoleteRecords(new Map([[nameOf(a), here]]), here, [a, offline])).toEqual([]);
+  expect(
+    obsoleteRecords(new Map([[nameOf(a), here]]), here, { points: [a, offline], diskIds: [vda] }),
+  ).toEqual([]);
+});
+
+it('lets the record go that only a disk counts from which the machine has no more', () => {
+  const [a, b] = [point([{ diskId: vda }, { diskId: vdb }]), point([{ diskId: vda }])];
+  const own = new Map([
+    [nameOf(a), here],
+    [nameOf(b), here],
+  ]);
+  expect(obsoleteRecords(own, here, { points: [a, b], diskIds: [vda] })).toEqual([nameOf(a)]);
 });

@@ -1,12 +1,13 @@
 import { describe, expect, it } from 'vitest';
 import { isErrorCode } from '../../src/lib/errors.js';
-import { parseLibvirtUri } from '../../src/libvirt/libvirt-uri.js';
+import { localUri, parseLibvirtUri } from '../../src/libvirt/libvirt-uri.js';
 
 describe('connection URIs of libvirt', () => {
   it.each(['qemu:///system', 'qemu+unix:///system', 'qemu+unix:///system?socket=/run/x/libvirt-sock'])(
     'leave %s as it is: a daemon of this host',
     (text) => {
-      expect(parseLibvirtUri(text)).toMatchObject({ text, host: null });
+      expect(parseLibvirtUri(text).host).toBeNull();
+      expect(localUri(text)).toBe(text);
     },
   );
 
@@ -14,13 +15,15 @@ describe('connection URIs of libvirt', () => {
     expect(parseLibvirtUri('qemu:///system?socket=/a%20b').socket).toBe('/a b');
   });
 
-  it('tell host, port, user and key of a remote one, and forbid prompts', () => {
-    expect(parseLibvirtUri('qemu+ssh://root@kvm1.example:2222/system?keyfile=/etc/holdfast/id')).toEqual({
-      text: 'qemu+ssh://root@kvm1.example:2222/system?keyfile=/etc/holdfast/id&no_tty=1',
-      host: { name: 'kvm1.example', user: 'root', port: 2222, keyFile: '/etc/holdfast/id' },
+  it('tell host, port, user and files of a remote one, which is not for virsh', () => {
+    const text = 'qemu+ssh://root@kvm1.example:2222/system?keyfile=/etc/id&known_hosts=/etc/known';
+    const files = { keyFile: '/etc/id', knownHostsFile: '/etc/known' };
+    expect(parseLibvirtUri(text)).toEqual({
+      host: { name: 'kvm1.example', user: 'root', port: 2222, ...files },
       socket: null,
     });
     expect(parseLibvirtUri('qemu+ssh://[fe80::1]/system').host?.name).toBe('fe80::1');
+    expect(() => localUri(text)).toThrow(/this host only/);
   });
 
   it.each([

@@ -4,7 +4,7 @@ import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test } from 'vitest';
-import { connectQmp, isQemuGone, type QmpClient } from '../../src/source/qemu/qmp.js';
+import { connectQmp, isQemuGone, type QmpClient } from '../../src/lib/qmp.js';
 
 const GREETING = '{"QMP": {"version": {}, "capabilities": []}}\n';
 

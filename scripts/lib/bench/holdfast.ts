@@ -27,7 +27,9 @@ export class BenchDaemon {
       runtimeDirectory: await mkdtemp('/tmp/hf-bench-'),
     };
     try {
-      const daemon = await startDaemon({ ...place, port: await findFreePort(), isDetached: false });
+      const settings = { snapshot: { scratchDirectory: path.join(directory, 'scratch') } };
+      const port = await findFreePort();
+      const daemon = await startDaemon({ ...place, port, settings, isDetached: false });
       return new BenchDaemon(await openApi(daemon), place, daemon.pid);
     } catch (error) {
       await rm(place.runtimeDirectory, { recursive: true, force: true });
@@ -58,16 +60,24 @@ export class BenchDaemon {
     return { vmId: vm.id, diskId: vm.disks[0]?.id ?? '' };
   }
 
+  async discover(uri: string, name: string): Promise<string> {
+    const body = { kind: 'libvirt' as const, uri, names: [name] };
+    const [vm] = dataOf(await this.api.POST('/vms/discover', { body })).items;
+    if (vm === undefined) throw new Error(`${name} was not discovered`);
+    return vm.id;
+  }
+
   async backup(wanted: {
     vmId: string;
     repositoryId: string;
     type: 'full' | 'incremental';
+    consistency?: 'prefer' | 'never';
   }): Promise<{ usage: Usage; pointId: string }> {
     const body = {
+      consistency: 'prefer' as const,
       ...wanted,
       bitmaps: [],
       bytesPerSecond: 0,
-      consistency: 'prefer' as const,
       disks: { include: [], exclude: [] },
       whenBusy: 'refuse' as const,
     };

@@ -7,9 +7,10 @@ import { AppError, toAppError } from '../../../src/lib/errors.js';
 import { formatBytes, GIB, MIB } from '../../../src/lib/units.js';
 import { runApiCase, seedPoints, type ApiResult } from './api-case.js';
 import { BenchDaemon } from './holdfast.js';
+import { runLibvirtCases } from './libvirt-case.js';
 import { runMainCases } from './main-cases.js';
 import { parseBenchOptions, USAGE, type BenchOptions } from './options.js';
-import { formatTable, mediansOf, type Result } from './report.js';
+import { formatGuestTable, formatTable, mediansOf, type Result } from './report.js';
 import { runSparseCase, type SparseResult } from './sparse-case.js';
 
 const NEEDED_BYTES = 8 * GIB;
@@ -63,13 +64,13 @@ async function runCases(
 ): Promise<void> {
   outcome.idleRssBytes = daemon.idleRssBytes();
   if (options.isApiWanted) outcome.api = await runApiCase(daemon);
-  if (options.isMainWanted) {
-    const record = (result: Result): void => {
-      outcome.results.push(result);
-      print(`${result.case} ${result.tool}: ${result.wallSeconds.toFixed(2)} s`);
-    };
-    await runMainCases({ options, directory, daemon, record });
-  }
+  const record = (result: Result): void => {
+    outcome.results.push(result);
+    print(`${result.case} ${result.tool}: ${result.wallSeconds.toFixed(2)} s`);
+  };
+  const bench = { options, directory, daemon, record };
+  if (options.isMainWanted) await runMainCases(bench);
+  if (options.isLibvirtWanted) await runLibvirtCases(bench);
   if (options.isSparseWanted) outcome.sparse = await runSparseCase(daemon, directory);
 }
 
@@ -79,6 +80,8 @@ function print(text: string): void {
 
 function printOutcome({ results, idleRssBytes, sparse, api }: Outcome): void {
   if (results.length > 0) print(`\nMedians:\n\n${formatTable(results, idleRssBytes)}`);
+  const guestTable = formatGuestTable(results);
+  if (guestTable !== '') print(`\nThe guest's writes meanwhile:\n\n${guestTable}`);
   if (sparse !== undefined) {
     const { extents, wallSeconds, overIdleBytes, peakRssBytes } = sparse;
     print(
@@ -95,7 +98,8 @@ function printOutcome({ results, idleRssBytes, sparse, api }: Outcome): void {
 }
 
 async function writeJson(options: BenchOptions, outcome: Outcome): Promise<void> {
-  const qemu = await runTool('qemu-img', ['--version'], { timeoutMs: 5000 });
+  const firstLine = async (tool: string, ...args: string[]): Promise<string> =>
+    (await runTool(tool, args, { timeoutMs: 5000 })).stdout.split('\n')[0] ?? '';
   const document = {
     host: {
       cpus: os.cpus().length,
@@ -103,7 +107,13 @@ async function writeJson(options: BenchOptions, outcome: Outcome): Promise<void>
       memoryMib: Math.round(os.totalmem() / MIB),
       kernel: os.release(),
       node: process.version,
-      qemu: qemu.stdout.split('\n')[0],
+      qemu: await firstLine('qemu-img', '--version'),
+      ...(options.isLibvirtWanted
+        ? {
+            virtnbdbackup: await firstLine('virtnbdbackup', '--version'),
+            libvirt: await firstLine('virsh', '--version'),
+          }
+        : {}),
     },
     settings: { diskGib: options.diskGib, dataGib: options.dataGib, runs: options.runs },
     ...outcome,

@@ -44,3 +44,21 @@ async function convert(args: string[]): Promise<Usage> {
   );
   return usage;
 }
+
+/** Debian's package with its own defaults. The output directory must be empty for a full. */
+export async function virtnbdbackup(options: {
+  uri: string;
+  domain: string;
+  level: 'full' | 'inc';
+  output: string;
+  scratch: string;
+}): Promise<Usage> {
+  const { uri, domain, level, output, scratch } = options;
+  const socket = path.join(scratch, 'nbd.sock');
+  const where = ['--output', output, '--scratchdir', scratch, '--socketfile', socket];
+  const args = ['--uri', uri, '--domain', domain, '--level', level, ...where];
+  const { usage } = await measure(childrenSubject(), () =>
+    runTool('virtnbdbackup', args, { timeoutMs: TOOL_TIMEOUT_MS }),
+  );
+  return usage;
+}

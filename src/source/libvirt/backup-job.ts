@@ -43,6 +43,11 @@ export class BackupJob {
   constructor(place: JobPlace, limits: ScratchLimits) {
     this.#place = place;
     const directory = `${place.base}/${place.runId}`;
+    const { lost } = place.link;
+    lost?.addEventListener('abort', () => {
+      const cause = lost.reason as AppError;
+      this.#lost.abort(new AppError('SNAPSHOT_LOST', cause.message, { cause }));
+    });
     this.#scratch = watchScratch({ host: place.host, directory, limits }, (reason) => {
       this.#lost.abort(reason);
       // Ends the job at once. What goes wrong here does so again in end(), which tells.
@@ -81,8 +86,10 @@ export class BackupJob {
         timeoutMs: link.timeoutMs,
         what: 'an answer of libvirt',
         intervalMs: 500,
+        signal: this.#lost.signal,
       });
     } catch (error) {
+      if (this.#lost.signal.aborted) return false;
       if (!isErrorCode(error, 'TIMEOUT')) throw error;
       throw new AppError('SOURCE_UNREACHABLE', 'libvirt did not come back during the backup', {
         cause: error,

@@ -39,7 +39,10 @@ export async function readRecords(
   const checkpoints = await listCheckpoints(link, isOurs, control);
   const byTarget = domain.isActive ? recordsOfCheckpoints(checkpoints) : recordsOfImages(images);
   const names = new Set(checkpoints.map(({ name }) => name));
-  for (const records of byTarget.values()) for (const { name } of records) names.add(name);
+  // After a migration, or when an older image was put back, images have bitmaps of which libvirt knows nothing.
+  for (const records of [...byTarget.values(), ...recordsOfImages(images).values()]) {
+    for (const { name } of records) names.add(name);
+  }
   const targets = new Set(domain.disks.map(({ target }) => target));
   const machine = [...names].map((name) => ({
     name,

@@ -5,7 +5,8 @@ import { virsh } from '../../libvirt/virsh.js';
 import type { SourceOptions } from '../source-settings.js';
 import type { DiscoveredVm, UnseenMachine } from '../source.js';
 import { diskFacts, lineageOf } from './disk-facts.js';
-import { askDomain, type DomainLink } from './domain-link.js';
+import { openConnection } from './connection.js';
+import { askDomain, type DomainLink, type LibvirtLink } from './domain-link.js';
 import { parseDomainStats, vmState, type DomainStats } from './domain-stats.js';
 import { completeView, viewDomain, type DomainView } from './domain-view.js';
 
@@ -28,18 +29,21 @@ export interface DiscoverDomains {
 /** The domains of a connection, running or not. One that goes while it is looked at is left out. */
 export async function discoverDomains(uri: string, wanted: DiscoverDomains): Promise<DiscoveredVm[]> {
   const { names, signal } = wanted;
-  const connection = { uri, timeoutMs: wanted.options.settings.snapshot.commandTimeoutMs };
-  const ask = (args: string[]): Promise<string> => virsh(args, { ...connection, signal });
-  const libvirtVersion = await readLibvirtVersion(connection, { signal });
+  const { settings, place } = wanted.options;
+  const timeoutMs = settings.snapshot.commandTimeoutMs;
+  await using connection = await openConnection(uri, { place, timeoutMs, signal });
+  const ask = (args: string[]): Promise<string> => virsh(args, { ...connection.link, signal });
+  const libvirtVersion = await readLibvirtVersion(connection.link, { signal });
   const rest = listedUuids(await ask(['list', '--all', '--uuid', '--name']), names);
   const allStats = parseDomainStats(await ask(['domstats', '--raw', '--state', '--block']));
   const found: DiscoveredVm[] = [];
   const work = async (): Promise<void> => {
     for (let uuid = rest.shift(); uuid !== undefined; uuid = rest.shift()) {
-      const link: DomainLink = { ...connection, uuid };
+      const link: DomainLink = { ...connection.link, uuid };
       try {
         const view = await viewListed(link, allStats, { signal });
-        if (view !== null) found.push(describe(link, view, libvirtVersion));
+        const source = { kind: 'libvirt', uri, uuid } as const;
+        if (view !== null) found.push({ source, ...describe(view, libvirtVersion) });
       } catch (error) {
         if (wanted.onUnseen === undefined || isErrorCode(error, 'SOURCE_UNREACHABLE') || signal.aborted)
           throw error;
@@ -54,9 +58,12 @@ export async function discoverDomains(uri: string, wanted: DiscoverDomains): Pro
 const keyOf = (uuid: string): string => `libvirt:${uuid}`;
 
 /** The domain as it is now. NOT_FOUND when the hypervisor does not know it. */
-export async function discoverDomain(link: DomainLink, control: Control): Promise<DiscoveredVm> {
+export async function discoverDomain(
+  link: DomainLink,
+  control: Control,
+): Promise<Omit<DiscoveredVm, 'source'>> {
   const libvirtVersion = await readLibvirtVersion(link, control);
-  return describe(link, await viewDomain(link, control), libvirtVersion);
+  return describe(await viewDomain(link, control), libvirtVersion);
 }
 
 /** Of lines `<uuid> <name>`; a name may hold anything but a newline. */
@@ -87,18 +94,17 @@ async function viewListed(
 
 /** Of the daemon: `Running against daemon: 9.0.0` as 9000000. */
 export async function readLibvirtVersion(
-  { uri, timeoutMs }: Pick<DomainLink, 'uri' | 'timeoutMs'>,
+  { uri, timeoutMs, run = virsh }: LibvirtLink,
   { signal }: Control,
 ): Promise<number> {
-  const answer = await virsh(['version', '--daemon'], { uri, timeoutMs, signal });
+  const answer = await run(['version', '--daemon'], { uri, timeoutMs, signal });
   const [, major, minor, micro] = /daemon: (\d+)\.(\d+)\.(\d+)/.exec(answer) ?? [];
   return Number(major ?? 0) * 1_000_000 + Number(minor ?? 0) * 1000 + Number(micro ?? 0);
 }
 
-function describe(link: DomainLink, view: DomainView, libvirtVersion: number): DiscoveredVm {
+function describe(view: DomainView, libvirtVersion: number): Omit<DiscoveredVm, 'source'> {
   const { domain, stats, images, sizes, records } = view;
   return {
-    source: { kind: 'libvirt', uri: link.uri, uuid: domain.uuid },
     key: keyOf(domain.uuid),
     name: domain.name,
     facts: {

@@ -41,7 +41,8 @@ export async function isBackupThere(
 /**
  * Ends the backup with this socket and resolves when it is gone; any other job is left alone, and so is a
  * machine that is off or gone. Waits for a backup that is just beginning, because it may be this one.
- * Rejects with TIMEOUT when libvirt did not end it, or could not be asked, for the time of a command.
+ * Rejects with TIMEOUT when libvirt did not end it, or could not be asked, for the time of a command; at once
+ * when the way there is lost.
  */
 export async function endBackup(link: DomainLink, socket: string): Promise<void> {
   let refusal: AppError | undefined;
@@ -59,7 +60,9 @@ export async function endBackup(link: DomainLink, socket: string): Promise<void>
   };
   try {
     const what = 'the end of the backup job';
-    await pollUntil(lookAndAbort, { timeoutMs: link.timeoutMs, what, intervalMs: POLL_INTERVAL_MS });
+    const { timeoutMs, lost } = link;
+    const signal = lost ?? undefined;
+    await pollUntil(lookAndAbort, { timeoutMs, what, intervalMs: POLL_INTERVAL_MS, signal });
   } catch (error) {
     if (!isErrorCode(error, 'TIMEOUT')) throw error;
     throw new AppError('TIMEOUT', `the backup job with ${socket} did not end`, { cause: refusal ?? error });

@@ -1,11 +1,21 @@
 import { virsh } from '../../libvirt/virsh.js';
 
-/** One domain of one libvirt, and how long a command about it may take. */
-export interface DomainLink {
-  /** Connection URI as `virsh` takes it. */
+/** One libvirt, and how long a command to it may take. */
+export interface LibvirtLink {
+  /** As `virsh` takes it: of this host, also where it leads to another. */
   uri: string;
-  uuid: string;
+  /** What libvirt says of files and devices holds on this host. */
+  isLocal: boolean;
   timeoutMs: number;
+  /** Aborts when what leads to another host is lost for good; null: the daemon is of this host and may come back. */
+  lost: AbortSignal | null;
+  /** Of a session that is open; default is a process for each command. */
+  run?: typeof virsh;
+}
+
+/** One domain of it. */
+export interface DomainLink extends LibvirtLink {
+  uuid: string;
 }
 
 /**
@@ -18,7 +28,7 @@ export function askDomain(
   control: { signal?: AbortSignal | undefined } = {},
 ): Promise<string> {
   const [name, ...args] = command;
-  return virsh([name, '--domain', link.uuid, ...args], {
+  return (link.run ?? virsh)([name, '--domain', link.uuid, ...args], {
     uri: link.uri,
     timeoutMs: link.timeoutMs,
     signal: control.signal,

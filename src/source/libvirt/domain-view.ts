@@ -1,7 +1,6 @@
 import { parseDomain, type Domain } from '../../libvirt/domain.js';
 import type { DomainDisk } from '../../libvirt/domain-disk.js';
 import { isErrorCode } from '../../lib/errors.js';
-import { parseLibvirtUri } from '../../libvirt/libvirt-uri.js';
 import { virsh } from '../../libvirt/virsh.js';
 import { attributeOf, childAt, parseXml, rootElement, textOf } from '../../libvirt/xml.js';
 import { readRecords, type DomainRecords } from './change-records.js';
@@ -46,7 +45,6 @@ export async function completeView(
   control: Control,
 ): Promise<DomainView> {
   const { domain, stats } = known;
-  const isLocal = parseLibvirtUri(link.uri).host === null;
   const paths = new Map<string, string>();
   const sizes = new Map(stats.capacities);
   const images = new Map<string, ImageInfo>();
@@ -55,7 +53,7 @@ export async function completeView(
     if (place.path === null) continue;
     paths.set(disk.target, place.path);
     if (place.sizeBytes !== null && !sizes.has(disk.target)) sizes.set(disk.target, place.sizeBytes);
-    if (!isLocal || disk.format !== 'qcow2') continue;
+    if (!link.isLocal || disk.format !== 'qcow2') continue;
     const info = await readImageInfo(place.path, { timeoutMs: link.timeoutMs, signal: control.signal });
     if (info !== null) images.set(disk.target, info);
   }
@@ -73,10 +71,9 @@ async function resolvePlace(link: DomainLink, disk: DomainDisk, control: Control
   const { path, volume } = disk.location;
   if (volume === null) return { path, sizeBytes: null };
   const args = ['vol-dumpxml', '--pool', volume.pool, '--vol', volume.name];
+  const { uri, timeoutMs, run = virsh } = link;
   try {
-    return readVolume(
-      await virsh(args, { uri: link.uri, timeoutMs: link.timeoutMs, signal: control.signal }),
-    );
+    return readVolume(await run(args, { uri, timeoutMs, signal: control.signal }));
   } catch (error) {
     if (!isErrorCode(error, 'NOT_FOUND', 'SOURCE_REFUSED')) throw error;
     return { path: null, sizeBytes: null };

@@ -55,6 +55,8 @@ export interface HostCapacity {
 /** Disposal ends the forwarding; connections through it end with it. */
 export interface ReachedSocket extends AsyncDisposable {
   readonly path: string;
+  /** Aborts with SOURCE_UNREACHABLE when it leads nowhere any more. Null where nothing is in between. */
+  readonly lost: AbortSignal | null;
 }
 
 /** What lstat says about a path, as far as safety needs it. */

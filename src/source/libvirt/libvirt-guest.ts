@@ -1,34 +1,30 @@
-import { parseLibvirtUri } from '../../libvirt/libvirt-uri.js';
 import { virsh } from '../../libvirt/virsh.js';
 import { AppError } from '../../lib/errors.js';
 import { commandText, readAnswer, type GuestAgent } from '../agent-protocol.js';
 import type { FreezableGuest } from '../guest-freeze.js';
 import { armGuestTimer } from '../guest-timer.js';
 import { armGuard } from '../thaw-guard.js';
+import type { DomainLink } from './domain-link.js';
 
-export interface LibvirtGuestOptions {
-  /** Connection URI as virsh takes it. */
-  uri: string;
-  uuid: string;
+export interface LibvirtGuestOptions extends Omit<DomainLink, 'timeoutMs' | 'lost'> {
   agentTimeoutMs: number;
 }
 
 /** A domain whose agent libvirt talks to. */
 export function openLibvirtGuest(options: LibvirtGuestOptions): FreezableGuest {
-  const { uri, uuid } = options;
-  const isLocal = parseLibvirtUri(uri).host === null;
+  const { uri, uuid, run = virsh } = options;
   const domain = ['--domain', uuid];
   return {
     ping: async ({ signal }) => {
       // Any command of the agent would do. Of one that hangs libvirt waits for the answer for minutes.
-      await virsh(['domtime', ...domain], { uri, timeoutMs: options.agentTimeoutMs, signal });
+      await run(['domtime', ...domain], { uri, timeoutMs: options.agentTimeoutMs, signal });
     },
     freeze: async (control) =>
-      readCount(await virsh(['domfsfreeze', ...domain], { uri, withRemarks: true, ...control })),
+      readCount(await run(['domfsfreeze', ...domain], { uri, withRemarks: true, ...control })),
     thaw: async (control) =>
-      readCount(await virsh(['domfsthaw', ...domain], { uri, withRemarks: true, ...control })),
+      readCount(await run(['domfsthaw', ...domain], { uri, withRemarks: true, ...control })),
     guard: async (limitMs) => {
-      if (!isLocal) {
+      if (!options.isLocal) {
         return armGuestTimer(libvirtAgent(options), { limitMs, callTimeoutMs: options.agentTimeoutMs });
       }
       const undo = ['virsh', '--connect', uri, 'domfsthaw', ...domain];
@@ -46,7 +42,7 @@ function readCount(output: string): number {
 }
 
 /** libvirt marks a domain whose agent was talked to like this as tainted, in its log and in `virsh dominfo`. */
-export function libvirtAgent({ uri, uuid }: LibvirtGuestOptions): GuestAgent {
+export function libvirtAgent({ uri, uuid }: Pick<DomainLink, 'uri' | 'uuid'>): GuestAgent {
   return {
     execute: async (command, parameters, { timeoutMs, signal }) => {
       const seconds = String(Math.max(1, Math.ceil(timeoutMs / 1000)));

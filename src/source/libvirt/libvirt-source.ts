@@ -2,6 +2,7 @@ import { CleanupStack } from '../../lib/cleanup.js';
 import { AppError } from '../../lib/errors.js';
 import type { DiskId } from '../../lib/id.js';
 import type { Domain } from '../../libvirt/domain.js';
+import { VirshSession } from '../../libvirt/virsh-session.js';
 import type { DomainDisk } from '../../libvirt/domain-disk.js';
 import { measureDisk } from '../measure.js';
 import type { SourceOptions } from '../source-settings.js';
@@ -17,14 +18,14 @@ import type {
 import { removeCheckpoint, type CheckpointPlace } from './checkpoints.js';
 import { cleanUpDomain } from './clean-up.js';
 import { readConfigFiles } from './config-files.js';
+import { openConnection, type LibvirtConnection } from './connection.js';
 import { discoverDomain, readLibvirtVersion } from './discover.js';
 import { diskFacts, lineageOf } from './disk-facts.js';
 import type { DomainLink } from './domain-link.js';
 import { viewDomain, type DomainView } from './domain-view.js';
 import { openLibvirtGuest } from './libvirt-guest.js';
-import { takeLiveSnapshot } from './live-snapshot.js';
+import { takeLiveSnapshot, type LiveDomain } from './live-snapshot.js';
 import { offlineDisk, openOffline, takeOfflineSnapshot } from './offline-snapshot.js';
-import { openHypervisorHost } from './open-hypervisor-host.js';
 
 interface Control {
   signal: AbortSignal;
@@ -36,34 +37,51 @@ interface Control {
  */
 export function openLibvirtSource(source: LibvirtVmSource, options: SourceOptions): MachineSource {
   const { commandTimeoutMs, scratchDirectory } = options.settings.snapshot;
-  const link: DomainLink = { uri: source.uri, uuid: source.uuid, timeoutMs: commandTimeoutMs };
   let wasActive: boolean | null = null;
-  const withPlace = async <T>(
-    { signal }: Control,
-    use: (place: CheckpointPlace) => Promise<T>,
-  ): Promise<T> => {
-    await using host = await openHost(link, options, signal);
-    return await use({ link, host, runtimeDirectory: options.place.runtimeDirectory });
+  const connect = ({ signal }: Control): Promise<LibvirtConnection> =>
+    openConnection(source.uri, { place: options.place, timeoutMs: commandTimeoutMs, signal });
+  const placeOf = ({ link, host }: LibvirtConnection): CheckpointPlace => ({
+    link: { ...link, uuid: source.uuid },
+    host,
+    runtimeDirectory: options.place.runtimeDirectory,
+  });
+  const withPlace = async <T>(control: Control, use: (place: CheckpointPlace) => Promise<T>): Promise<T> => {
+    await using connection = await connect(control);
+    return await use(placeOf(connection));
   };
+  const withSession = <T>(control: Control, use: (link: DomainLink) => Promise<T>): Promise<T> =>
+    withPlace(control, async ({ link }) => {
+      await using session = await VirshSession.open({ ...link, ...control });
+      return await use({ ...link, run: session.run });
+    });
   return {
-    discover: (control) => discoverDomain(link, control),
-    async probe(disks, control) {
-      const version = await readLibvirtVersion(link, control);
-      const view = await viewDomain(link, control);
-      wasActive = view.domain.isActive;
-      return new Map(disks.map((disk) => [disk.diskId, probeDisk(view, disk, version)]));
-    },
+    discover: (control) =>
+      withSession(control, async (link) => ({ ...(await discoverDomain(link, control)), source })),
+    probe: (disks, control) =>
+      withSession(control, async (link) => {
+        const version = await readLibvirtVersion(link, control);
+        const view = await viewDomain(link, control);
+        wasActive = view.domain.isActive;
+        return new Map(disks.map((disk) => [disk.diskId, probeDisk(view, disk, version)]));
+      }),
     async snapshot(request) {
-      const view = await viewDomain(link, request);
+      const { signal } = request;
+      await using undo = new CleanupStack();
+      const place = placeOf(undo.use(await connect({ signal })));
+      const session = undo.use(await VirshSession.open({ ...place.link, signal }));
+      const link = { ...place.link, run: session.run };
+      const view = await viewDomain(link, { signal });
       refuseChangedState(view.domain, wasActive);
       refuseChangedDisks(view, request);
-      return takeSnapshot({ link, options, view }, request);
+      const snapshot = await takeSnapshot({ ...place, link, options, view }, request);
+      return endingWith(undo.move(), snapshot);
     },
-    async estimate(disks, control) {
-      const view = await viewDomain(link, control);
-      if (view.domain.isActive) return estimateLive(view, disks);
-      return withPlace(control, (place) => estimateOffline({ ...place, options, view }, disks, control));
-    },
+    estimate: (disks, control) =>
+      withPlace(control, async (place) => {
+        const view = await viewDomain(place.link, control);
+        if (view.domain.isActive) return estimateLive(view, disks);
+        return await estimateOffline({ ...place, options, view }, disks, control);
+      }),
     removeRecords: (names, control) =>
       withPlace(control, async (place) => {
         for (const name of names) await removeCheckpoint(place, name, control);
@@ -71,12 +89,6 @@ export function openLibvirtSource(source: LibvirtVmSource, options: SourceOption
     cleanUp: (leftover, control) =>
       withPlace(control, (place) => cleanUpDomain({ ...place, base: scratchDirectory }, leftover)),
   };
-}
-
-type Host = Awaited<ReturnType<typeof openHypervisorHost>>;
-
-function openHost(link: DomainLink, options: SourceOptions, signal: AbortSignal): Promise<Host> {
-  return openHypervisorHost(link.uri, { place: options.place, timeoutMs: link.timeoutMs, signal });
 }
 
 function refuseChangedState({ isActive }: Domain, wasActive: boolean | null): void {
@@ -93,35 +105,30 @@ function refuseChangedDisks(view: DomainView, { disks }: SnapshotRequest): void 
   }
 }
 
-/** The host is disposed of with the snapshot. */
 async function takeSnapshot(
-  facts: { link: DomainLink; options: SourceOptions; view: DomainView },
+  facts: CheckpointPlace & { options: SourceOptions; view: DomainView },
   request: SnapshotRequest,
 ): Promise<SourceSnapshot> {
-  const { link, options, view } = facts;
-  const { settings, place } = options;
-  await using undo = new CleanupStack();
-  const host = undo.use(await openHost(link, options, request.signal));
+  const { options, view, ...place } = facts;
+  const { settings } = options;
   const { domain } = view;
-  const configFiles = await readConfigFiles({ link, host, domain }, request);
-  const common = { link, host, configFiles, runtimeDirectory: place.runtimeDirectory };
+  const configFiles = await readConfigFiles({ ...place, domain }, request);
   const { agentTimeoutMs } = settings.snapshot;
-  const guest = openLibvirtGuest({ uri: link.uri, uuid: link.uuid, agentTimeoutMs });
-  const snapshot = domain.isActive
-    ? await takeLiveSnapshot({ ...common, domain, guest, settings }, request)
-    : await takeOfflineSnapshot({ ...common, options, view }, request);
-  undo.release();
-  return endingWith(host, snapshot);
+  const openGuest: LiveDomain['openGuest'] = (run) =>
+    openLibvirtGuest({ ...place.link, agentTimeoutMs, run });
+  return domain.isActive
+    ? takeLiveSnapshot({ ...place, configFiles, domain, openGuest, settings }, request)
+    : takeOfflineSnapshot({ ...place, configFiles, options, view }, request);
 }
 
-function endingWith(host: Host, snapshot: SourceSnapshot): SourceSnapshot {
+function endingWith(resource: AsyncDisposable, snapshot: SourceSnapshot): SourceSnapshot {
   return {
     ...snapshot,
     [Symbol.asyncDispose]: async () => {
       try {
         await snapshot[Symbol.asyncDispose]();
       } finally {
-        await host[Symbol.asyncDispose]();
+        await resource[Symbol.asyncDispose]();
       }
     },
   };

@@ -4,6 +4,7 @@ import { throwIfAborted } from '../../lib/deadline.js';
 import { AppError, toAppError } from '../../lib/errors.js';
 import type { DiskId } from '../../lib/id.js';
 import type { Domain } from '../../libvirt/domain.js';
+import { virsh } from '../../libvirt/virsh.js';
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
 import { connectNbd } from '../../nbd/index.js';
 import { bitmapNameFor } from '../bitmap-name.js';
@@ -25,11 +26,12 @@ import type { ReachedSocket } from './hypervisor-host.js';
 import { refuseDeadlyThreads } from './iothread.js';
 import { checkScratch } from './scratch-watch.js';
 
-/** A running or paused domain, and what it takes to back it up. */
+/** A running or paused domain, and what it takes to back it up; its link has a session. */
 export interface LiveDomain extends CheckpointPlace {
   /** Of its active XML. */
   domain: Domain;
-  guest: FreezableGuest;
+  /** The guest, reached through this virsh. */
+  openGuest: (run: typeof virsh) => FreezableGuest;
   settings: SourceSettings;
   /** Kept with the point as they are. */
   configFiles: readonly ConfigFile[];
@@ -177,19 +179,22 @@ function isCounted({ disk, probe }: SnapshotDiskRequest, format: string): boolea
   return format === 'qcow2' && probe.noRecordReason === null && disk.source.changeTracking !== 'compare';
 }
 
-/** Everything is prepared before the guest is frozen: what is left is one command. */
+/** Everything is prepared before the guest is frozen: what is left is one command to a virsh that is connected. */
 async function begin(
   live: LiveDomain,
   { place, jobDisks, checkpoint }: Plan,
   { consistency: wish, note, signal }: SnapshotRequest,
 ): Promise<Pick<SourceSnapshot, 'capturedAtMs' | 'consistency'>> {
-  const { link, guest, settings, runtimeDirectory } = live;
+  const { settings, runtimeDirectory } = live;
+  const limitMs = settings.snapshot.freezeLimitMs;
+  const { link } = live;
+  const guest = live.openGuest(link.run ?? virsh);
   const start = async (files: string[]): Promise<number> => {
     await askDomain(link, ['backup-begin', '--reuse-external', ...files], { signal }).catch(explainRefusal);
     return systemClock.nowMs();
   };
   const frozen = (files: string[]): Promise<{ value: number; consistency: 'application' | 'crash' }> =>
-    takeFrozen(guest, { wish, limitMs: settings.snapshot.freezeLimitMs, note, signal }, () => start(files));
+    takeFrozen(guest, { wish, limitMs, note, signal }, () => start(files));
   const xml = backupXml(socketOf(place), jobDisks);
   const { value: capturedAtMs, consistency } = await withXmlFile(runtimeDirectory, xml, (file) =>
     checkpoint === null

@@ -38,7 +38,8 @@ export function openLocalHost(options: { timeoutMs: number }): HypervisorHost {
       timed(`removing ${runId} in ${base}`, signal, removeFlat(path.join(checkPath(base), runId))),
     capacity: (directory, { signal }) =>
       timed(`asking for the room in ${directory}`, signal, readCapacity(directory)),
-    reach: (socket) => Promise.resolve({ path: socket, [Symbol.asyncDispose]: () => Promise.resolve() }),
+    reach: (socket) =>
+      Promise.resolve({ path: socket, lost: null, [Symbol.asyncDispose]: () => Promise.resolve() }),
     readFile: (file, maxBytes, { signal }) => timed(`reading ${file}`, signal, readSmall(file, maxBytes)),
     [Symbol.asyncDispose]: () => Promise.resolve(),
   };

@@ -3,6 +3,7 @@ import path from 'node:path';
 import { AppError, errnoOf } from '../../lib/errors.js';
 import { newUlid, type RunId } from '../../lib/id.js';
 import { runTool, startServer, ToolError, type ChildServer } from '../../lib/process.js';
+import type { RemoteHost } from '../../libvirt/libvirt-uri.js';
 import type { ServerPlace } from '../../nbd/qemu-nbd.js';
 import {
   checkBase,
@@ -18,18 +19,16 @@ import {
 } from './hypervisor-host.js';
 import { CapacityLoops, type RunScript, type ScriptControl, type ScriptResult } from './ssh-capacity.js';
 
-export interface SshAddress {
-  name: string;
-  user: string | null;
-  port: number | null;
-  keyFile: string | null;
-  knownHostsFile: string | null;
-}
-
 export interface SshHostOptions {
   place: ServerPlace;
   timeoutMs: number;
   signal: AbortSignal;
+}
+
+export interface SshHost extends HypervisorHost {
+  readonly kind: 'ssh';
+  /** The first of these paths that is a socket there, or null. SOURCE_REFUSED when the login may not use it. */
+  findSocket(paths: readonly string[], control: Control): Promise<string | null>;
 }
 
 /** ssh's own exit code; every other one is the remote command's. */
@@ -43,7 +42,7 @@ const TOO_LARGE = 20;
  * its own, so that bulk data does not hold up the watch over the scratch space. Whom to trust is for ssh's own
  * configuration and known_hosts to say. Rejects with SOURCE_REFUSED when the login is refused, either way.
  */
-export async function openSshHost(address: SshAddress, options: SshHostOptions): Promise<HypervisorHost> {
+export async function openSshHost(address: RemoteHost, options: SshHostOptions): Promise<SshHost> {
   const login = loginArguments(address, options.timeoutMs);
   const socket = path.join(options.place.runtimeDirectory, `h-${newUlid().slice(-12)}.ssh`);
   const master = await startSsh(['-M', '-S', escapeTokens(socket), '-N', ...login], {
@@ -66,6 +65,7 @@ export async function openSshHost(address: SshAddress, options: SshHostOptions):
     capacity: (directory, control) => capacity.read(checkPath(directory), control),
     reach: (target, { signal }) => reach(login, checkPath(target), { ...options, signal }),
     readFile: (file, maxBytes, control) => readSmall(runScript, { file, maxBytes }, control),
+    findSocket: (paths, control) => findSocket(runScript, paths.map(checkPath), control),
     [Symbol.asyncDispose]: async () => {
       await capacity.stop();
       await master.stop();
@@ -74,7 +74,7 @@ export async function openSshHost(address: SshAddress, options: SshHostOptions):
   };
 }
 
-function loginArguments(address: SshAddress, timeoutMs: number): string[] {
+function loginArguments(address: RemoteHost, timeoutMs: number): string[] {
   const seconds = Math.max(1, Math.ceil(timeoutMs / 1000));
   return [
     '-oBatchMode=yes',
@@ -160,9 +160,16 @@ async function reach(
     ['-S', 'none', '-oExitOnForwardFailure=yes', '-N', '-L', ends.join(':'), ...login],
     { ...options, socket: local, isReady: () => isListening(local) },
   );
+  const losing = new AbortController();
+  let isOver = false;
+  void child.exited.then(({ stderrTail }) => {
+    if (!isOver) losing.abort(connectionLost(stderrTail));
+  });
   return {
     path: local,
+    lost: losing.signal,
     [Symbol.asyncDispose]: async () => {
+      isOver = true;
       await child.stop();
       await rm(local, { force: true });
     },
@@ -185,12 +192,23 @@ function explain(error: unknown): unknown {
   if (!(error instanceof ToolError)) return error;
   const isSsh = error.details['exitCode'] === SSH_FAILED;
   const isRefused = !isSsh || /verification failed|denied|Too many authentication/.test(error.stderrTail);
-  const words = error.stderrTail.trim().split('\n').at(-1) ?? '';
+  const words = lastLine(error.stderrTail);
   return new AppError(
     isRefused ? 'SOURCE_REFUSED' : 'SOURCE_UNREACHABLE',
     `the hypervisor's host ${isSsh ? 'cannot be reached by ssh' : 'refused a command'}: ${words}`,
     { cause: error, details: error.details },
   );
+}
+
+function connectionLost(stderrTail: string): AppError {
+  return new AppError(
+    'SOURCE_UNREACHABLE',
+    `the ssh connection to the hypervisor's host was lost: ${lastLine(stderrTail)}`,
+  );
+}
+
+function lastLine(text: string): string {
+  return text.trim().split('\n').at(-1) ?? '';
 }
 
 const BASE_SCRIPT = `set -eu
@@ -293,4 +311,25 @@ async function readSmall(
   if (exitCode === ABSENT) return null;
   if (exitCode === TOO_LARGE) throw tooLarge(wanted.file, wanted.maxBytes);
   return Buffer.from(stdout, 'base64');
+}
+
+const FIND_SCRIPT = `for socket; do
+  [ -S "$socket" ] || continue
+  [ -w "$socket" ] || { echo "user $(id -un) may not use $socket" >&2; exit 1; }
+  printf '%s\\n' "$socket"
+  exit 0
+done
+exit ${ABSENT}
+`;
+
+async function findSocket(
+  runScript: RunScript,
+  paths: readonly string[],
+  control: Control,
+): Promise<string | null> {
+  const { exitCode, stdout } = await runScript(FIND_SCRIPT, paths, { ...control, answers: [ABSENT] });
+  if (exitCode === ABSENT) return null;
+  const found = paths.find((path) => stdout === path);
+  if (found === undefined) throw garbled(stdout);
+  return found;
 }

@@ -9,7 +9,7 @@ import { FIRMWARE_TYPE, readDeviceFacts } from './devices.js';
 import { machineName } from './discover.js';
 import { locationOf } from './disk-facts.js';
 import type { QemuMachine, QemuNode } from './machine-state.js';
-import { QmpError, type QmpClient } from './qmp.js';
+import { QmpError, type QmpClient } from '../../lib/qmp.js';
 
 const MAX_NVRAM_BYTES = 64 * MIB;
 

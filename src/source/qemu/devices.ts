@@ -3,7 +3,7 @@ import { z } from 'zod';
 import { AppError } from '../../lib/errors.js';
 import { survivesNbdInIothread } from './features.js';
 import type { QemuDevice, QemuMachine } from './machine-state.js';
-import { QmpError, type QmpClient } from './qmp.js';
+import { QmpError, type QmpClient } from '../../lib/qmp.js';
 
 /** What a guest device says of itself. */
 export interface DeviceFacts {

@@ -18,7 +18,7 @@ import {
 } from './devices.js';
 import { lineageOf, locationOf, noRecordReason } from './disk-facts.js';
 import { readMachine, type QemuDevice, type QemuMachine } from './machine-state.js';
-import type { QmpClient } from './qmp.js';
+import type { QmpClient } from '../../lib/qmp.js';
 
 /** The machine and its disks as QEMU tells them now. */
 export async function discoverMachine(qmp: QmpClient, source: QemuVmSource): Promise<DiscoveredVm> {

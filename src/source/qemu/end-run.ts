@@ -1,7 +1,7 @@
 import type { SourceNote } from '../source.js';
 import { readMachine } from './machine-state.js';
 import type { QemuContext } from './qemu-context.js';
-import { isQemuGone } from './qmp.js';
+import { isQemuGone } from '../../lib/qmp.js';
 import type { RunPlaces } from './run-places.js';
 import { removeBitmaps, removeTagged } from './tear-down.js';
 

@@ -1,7 +1,7 @@
 import { z } from 'zod';
 import { AppError } from '../../lib/errors.js';
 import { ask, type QemuMachine } from './machine-state.js';
-import type { QmpClient } from './qmp.js';
+import type { QmpClient } from '../../lib/qmp.js';
 
 const member = z.object({ name: z.string(), type: z.string() });
 const entrySchema = z.looseObject({

@@ -2,7 +2,7 @@ import path from 'node:path';
 import { AppError } from '../../lib/errors.js';
 import type { RunId } from '../../lib/id.js';
 import type { QemuDisk } from './disk-facts.js';
-import { QmpError, type QmpClient } from './qmp.js';
+import { QmpError, type QmpClient } from '../../lib/qmp.js';
 
 /*
  * One disk while a snapshot of it is held:

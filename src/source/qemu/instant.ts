@@ -1,11 +1,12 @@
 import { z } from 'zod';
 import { systemClock } from '../../lib/clock.js';
+import { AppError } from '../../lib/errors.js';
 import { runTool } from '../../lib/process.js';
 import type { SourceSettings } from '../source-settings.js';
 import { armGuard, sendCommand, type Guard } from '../thaw-guard.js';
 import { beginRecords, insertFilters, type FleecedDisk } from './fleecing.js';
 import { ask } from './machine-state.js';
-import type { QmpClient } from './qmp.js';
+import type { QmpClient } from '../../lib/qmp.js';
 
 export interface Instant {
   capturedAtMs: number;
@@ -30,12 +31,13 @@ export interface InstantOptions {
 
 /**
  * One filter is inserted at one moment. Several are not, so a machine that runs stands still meanwhile,
- * for a few milliseconds, and a process of its own lets it go on should this one die in them.
+ * for a few milliseconds, and a process of its own lets it go on should this one die in them. There is none for
+ * a machine that stands still already: nobody but its owner lets that one go on.
  */
 export async function prepareInstant(qmp: QmpClient, options: InstantOptions): Promise<InstantTaker> {
   const { disks, record, settings, socket } = options;
   let guard: Guard | null = null;
-  if (disks.length > 1) {
+  if (disks.length > 1 && (await isRunning(qmp))) {
     await writeBack(disks, { timeoutMs: settings.commandTimeoutMs, signal: options.signal });
     guard = await armGuard({
       undo: sendCommand(socket, ['{"execute":"qmp_capabilities"}\n', '{"execute":"cont"}\n']),
@@ -44,7 +46,10 @@ export async function prepareInstant(qmp: QmpClient, options: InstantOptions): P
   }
   const take = async (): Promise<Instant> => {
     await beginRecords(qmp, disks, record);
-    if (guard !== null && (await isRunning(qmp))) return takeStopped(qmp, disks, guard);
+    if (disks.length > 1 && (await isRunning(qmp))) {
+      if (guard === null) throw new AppError('SNAPSHOT_LOST', 'the machine was resumed just now');
+      return takeStopped(qmp, disks, guard);
+    }
     await insertFilters(qmp, disks);
     return { capturedAtMs: systemClock.nowMs(), pauseMs: 0 };
   };

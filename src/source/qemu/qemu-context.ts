@@ -1,7 +1,7 @@
 import type { HypervisorHost } from '../libvirt/hypervisor-host.js';
 import type { QemuVmSource } from '../source.js';
 import type { SourceSettings } from '../source-settings.js';
-import type { QmpClient } from './qmp.js';
+import type { QmpClient } from '../../lib/qmp.js';
 
 /** What every operation on one machine takes. */
 export interface QemuContext {

@@ -8,7 +8,7 @@ import { findDisk, probeOf } from './disk-facts.js';
 import { endRun } from './end-run.js';
 import { readMachine } from './machine-state.js';
 import type { QemuContext } from './qemu-context.js';
-import { connectQmp } from './qmp.js';
+import { connectQmp } from '../../lib/qmp.js';
 import { estimateDisk } from './estimate.js';
 import { placesOf } from './run-places.js';
 import { takeSnapshot } from './snapshot.js';

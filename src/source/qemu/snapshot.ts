@@ -33,7 +33,7 @@ import { readMachine, type QemuMachine } from './machine-state.js';
 import type { QemuContext } from './qemu-context.js';
 import { ownerOfSocket } from './qemu-process.js';
 import { checkScratch, type ScratchPlace } from '../libvirt/scratch-watch.js';
-import type { QmpClient } from './qmp.js';
+import type { QmpClient } from '../../lib/qmp.js';
 import { placesOf, type RunPlaces } from './run-places.js';
 import { removeBitmaps } from './tear-down.js';
 

@@ -4,7 +4,7 @@ import { pollUntil, withDeadline } from '../../lib/deadline.js';
 import { errnoOf } from '../../lib/errors.js';
 import { setDrive } from './fleecing.js';
 import { readMachine, type QemuBitmap, type QemuMachine } from './machine-state.js';
-import type { QmpClient } from './qmp.js';
+import type { QmpClient } from '../../lib/qmp.js';
 
 const EXPORT_GONE_TIMEOUT_MS = 30_000;
 const CONNECT_TIMEOUT_MS = 2000;

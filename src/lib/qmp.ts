@@ -1,8 +1,8 @@
 import { once } from 'node:events';
 import net from 'node:net';
-import { abortReason, pollUntil, withDeadline } from '../../lib/deadline.js';
-import { AppError, errnoOf, isErrorCode } from '../../lib/errors.js';
-import { MIB } from '../../lib/units.js';
+import { abortReason, pollUntil, withDeadline } from './deadline.js';
+import { AppError, errnoOf, isErrorCode } from './errors.js';
+import { MIB } from './units.js';
 
 /** Answers are long (the schema has some hundred KiB), but not without bound. */
 const MAX_LINE_BYTES = 16 * MIB;
