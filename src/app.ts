@@ -8,6 +8,7 @@ import { createEngine } from './engine/create-engine.js';
 import type { Engine } from './engine/engine.js';
 import { createRunExecution } from './engine/execute-run.js';
 import { createRecovery, recoveryIntervalMs, requeueWaiting, type Recovery } from './engine/recovery.js';
+import { SourceLeftovers } from './engine/source-leftovers.js';
 import { createRepositoryPool } from './engine/repository-pool.js';
 import { CleanupStack } from './lib/cleanup.js';
 import { systemClock } from './lib/clock.js';
@@ -63,10 +64,11 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
     socketDirectory: state.socketDirectory,
     registry: state.registry,
   };
-  const execution = createRunExecution(context);
+  const leftovers = stack.use(new SourceLeftovers(context));
+  const execution = createRunExecution(context, leftovers);
   const engine = createEngine(context, execution.active);
   await ensureAdminToken(engine, state.adminTokenFile);
-  const recovery = createRecovery(context, execution.active);
+  const recovery = createRecovery(context, execution.active, leftovers);
   await recovery.recoverDead(state.deadWorkerIds);
   await state.forgetDeadWorkers();
   if (config.roles.includes('scheduler')) stack.use(startReconciling(context, recovery));

@@ -1,6 +1,7 @@
+import { readdir } from 'node:fs/promises';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { RunView } from '../../src/engine/types.js';
-import { pause } from '../../src/lib/deadline.js';
+import { pause, pollUntil } from '../../src/lib/deadline.js';
 import { KIB } from '../../src/lib/units.js';
 import { SeededRandom } from '../lab/disk-image.js';
 import { backUp, startBackup, type Setup } from './daemon.js';
@@ -125,13 +126,19 @@ describe('kill -9 of libvirtd during the copy', { timeout: 60_000 }, () => {
     await expectMethods({ machine, setup }, BITMAP);
   });
 
-  it('fails the run when it stays away; what was left goes with the next run, which counts on', async () => {
+  it('fails the run when it stays away; what was left goes when it is back, and the next run counts on', async () => {
     const points = await listPoints(rig.daemon, setup);
     const { run } = await killDuringCopy();
     const ended = await rig.daemon.waitForRun(run.id);
     expect([ended.state, ended.error?.code]).toEqual(['failed', 'SOURCE_UNREACHABLE']);
     expect(await listPoints(rig.daemon, setup)).toEqual(points);
+    expect(await readdir(rig.scratch)).not.toEqual([]);
     await rig.libvirt.restart();
+    await pollUntil(async () => ((await readdir(rig.scratch)).length === 0 ? true : undefined), {
+      timeoutMs: 25_000,
+      intervalMs: 500,
+      what: 'what the failed run left to go',
+    });
     await expectMethods({ machine, setup }, BITMAP);
   });
 });

@@ -9,6 +9,7 @@ import { executeCheck, executeDelete, executeRescan } from './maintenance.js';
 import { executeRestore } from './restore.js';
 import type { RunExecutor } from './run-queue.js';
 import type { RunKind, RunResult } from './types.js';
+import type { SourceLeftovers } from './source-leftovers.js';
 import { toRunError } from './views.js';
 
 const EXECUTORS: Record<RunKind, (context: EngineContext, run: ActiveRun) => Promise<RunResult>> = {
@@ -34,7 +35,7 @@ export interface RunExecution {
  * twice is harmless. Whatever happens, the row says how the run ended: completed, failed, cancelled,
  * interrupted (this process is stopping) or queued again for another attempt.
  */
-export function createRunExecution(context: EngineContext): RunExecution {
+export function createRunExecution(context: EngineContext, leftovers: SourceLeftovers): RunExecution {
   const active = new Map<RunId, ActiveRun>();
   return {
     active,
@@ -42,10 +43,11 @@ export function createRunExecution(context: EngineContext): RunExecution {
       const row = await claim(context, runId);
       if (row === 'ended') return 'done';
       if (row === 'waiting') return 'later';
+      await leftovers.release(runId);
       await using run = new ActiveRun(context, row, shutdown);
       active.set(runId, run);
       try {
-        await executeClaimed(context, run, shutdown);
+        await executeClaimed(context, { run, shutdown, leftovers });
       } finally {
         active.delete(runId);
       }
@@ -63,7 +65,10 @@ async function claim(context: EngineContext, runId: RunId): Promise<RunRow | 'en
   return row.state === 'queued' ? 'waiting' : 'ended';
 }
 
-async function executeClaimed(context: EngineContext, run: ActiveRun, shutdown: AbortSignal): Promise<void> {
+async function executeClaimed(
+  context: EngineContext,
+  { run, shutdown, leftovers }: { run: ActiveRun; shutdown: AbortSignal; leftovers: SourceLeftovers },
+): Promise<void> {
   const kind = run.row.kind as RunKind;
   run.log('info', {
     code: 'RUN_STARTED',
@@ -77,6 +82,8 @@ async function executeClaimed(context: EngineContext, run: ActiveRun, shutdown: 
     await run.end({ state: 'completed', error: null, result });
   } catch (error) {
     const reason = failureOf(error, run, shutdown);
+    // The run removes its own; this is for what it could not. A hypervisor that hangs does not keep it from its end.
+    if (kind === 'backup') void leftovers.remove(run.row);
     if (reason.code === 'INTERNAL')
       context.logger.error({ err: error, runId: run.id }, 'run failed unexpectedly');
     if (await retry(context, run, reason)) return;

@@ -3,13 +3,11 @@ import type { RunRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
 import type { PointId, RunId, VmId } from '../lib/id.js';
-import { parseVmSource } from '../source/disk-source.js';
-import { openSource } from '../source/open-source.js';
 import type { EngineContext } from './context.js';
 import type { ActiveRuns } from './execute-run.js';
-import { sourceOptions } from './follow-machine.js';
 import type { RestoreRunRequest } from './restore.js';
 import { removeRestoreLeftovers } from './restore-leftovers.js';
+import type { SourceLeftovers } from './source-leftovers.js';
 import type { RunKind, RunResult } from './types.js';
 import { toIndexRows, toRunError } from './views.js';
 
@@ -30,15 +28,17 @@ export interface Recovery {
 }
 
 const MAX_RECOVERY_INTERVAL_MS = 15_000;
-/** For one run's leftovers at its source; a daemon that starts waits for it. */
-const CLEAN_UP_TIMEOUT_MS = 60_000;
 
 /** Long enough for a live worker to send a heartbeat between two looks. */
 export function recoveryIntervalMs({ runs }: EngineContext['settings']): number {
   return Math.min(MAX_RECOVERY_INTERVAL_MS, Math.max(runs.abandonedAfterMs / 2, runs.heartbeatMs));
 }
 
-export function createRecovery(context: EngineContext, active: ActiveRuns): Recovery {
+export function createRecovery(
+  context: EngineContext,
+  active: ActiveRuns,
+  leftovers: Pick<SourceLeftovers, 'remove'>,
+): Recovery {
   let suspects = new Map<RunId, string | null>();
   const list = (beforeMs: number, workerIds: string[]): Promise<RunRow[]> =>
     context.db.runs.listAbandoned({ heartbeatBefore: toTimestamp(beforeMs), workerIds });
@@ -46,7 +46,7 @@ export function createRecovery(context: EngineContext, active: ActiveRuns): Reco
     async recoverDead(workerIds) {
       const rows = await list(0, workerIds);
       await recoverRuns(
-        context,
+        { context, leftovers },
         rows.filter(({ workerId }) => workerId !== null && workerIds.includes(workerId)),
       );
     },
@@ -58,15 +58,20 @@ export function createRecovery(context: EngineContext, active: ActiveRuns): Reco
       suspects = new Map(others.map(({ id, heartbeatAt }) => [id, heartbeatAt]));
       const isProven = ({ id, heartbeatAt }: RunRow): boolean =>
         before.has(id) && before.get(id) === heartbeatAt;
-      await recoverRuns(context, others.filter(isProven));
+      await recoverRuns({ context, leftovers }, others.filter(isProven));
     },
   };
 }
 
-async function recoverRuns(context: EngineContext, abandoned: RunRow[]): Promise<void> {
+async function recoverRuns(
+  { context, leftovers }: { context: EngineContext; leftovers: Pick<SourceLeftovers, 'remove'> },
+  abandoned: RunRow[],
+): Promise<void> {
   for (const row of abandoned) {
     try {
       await recoverRun(context, row);
+      // A hypervisor that cannot be asked does not keep the run from its end.
+      if (row.kind === 'backup') await leftovers.remove(row);
     } catch (error) {
       context.logger.warn({ err: error, runId: row.id }, 'an abandoned run could not be cleaned up yet');
       if (
@@ -127,35 +132,12 @@ async function recoverBackup(context: EngineContext, row: RunRow): Promise<RunRe
   try {
     const rows = toIndexRows(await repository.readPoint(vmId, pointId));
     await context.db.points.insert(rows.point, rows.layers);
-    await cleanUpSource(context, row, { isCommitted: true });
     return { kind: 'backup', pointId };
   } catch (error) {
     if (!isErrorCode(error, 'POINT_NOT_FOUND')) throw error;
   }
   await discardFiles(context, { repository, lease, runId: row.id });
-  await cleanUpSource(context, row, { isCommitted: false });
   return null;
-}
-
-/**
- * What the run left at its hypervisor: a job, a server, scratch space, a record nothing counts from. A
- * hypervisor that cannot be asked does not keep the run from its end: the next run of the VM cleans up.
- */
-async function cleanUpSource(
-  context: EngineContext,
-  { id, vmId, pointId }: RunRow,
-  { isCommitted }: { isCommitted: boolean },
-): Promise<void> {
-  const vm = vmId === null ? null : await context.db.vms.get(vmId);
-  const source = vm === null ? null : parseVmSource(vm.source);
-  if (source === null || pointId === null) return;
-  const leftover = { runId: id, pointId, isCommitted };
-  const signal = AbortSignal.timeout(CLEAN_UP_TIMEOUT_MS);
-  try {
-    await openSource(source, sourceOptions(context, id)).cleanUp(leftover, { signal });
-  } catch (error) {
-    context.logger.warn({ err: error, runId: id }, 'what a run left at its source could not be removed yet');
-  }
 }
 
 /** Null when the repository does not know the VM. */

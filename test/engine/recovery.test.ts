@@ -47,7 +47,7 @@ describe('recovery of runs without a heartbeat', () => {
       socketDirectory: directory,
       registry: new ChildRegistry(directory),
     };
-    recovery = createRecovery(context, { get: (id) => active.get(id) });
+    recovery = createRecovery(context, { get: (id) => active.get(id) }, { remove: () => Promise.resolve() });
   });
   afterEach(async () => {
     await db[Symbol.asyncDispose]();
