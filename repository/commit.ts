@@ -46,6 +46,7 @@ export async function commitPoint(
       entries.push(await sealLayer(context, disk, signal));
       report.step();
     }
+    await options.confirm?.();
     await writeConfig(context, draft, options);
     throwIfAborted(signal);
     await publishLayers(context, draft, { disks, options });

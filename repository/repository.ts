@@ -40,6 +40,8 @@ export interface CommitOptions {
   signal?: AbortSignal | undefined;
   /** Domain XML and the like, kept under config/<point-id>/ with mode 0600. */
   configFiles?: { name: string; content: Buffer }[];
+  /** Asked for when the layers are sealed: rejects when what they were read from cannot be relied upon after all. */
+  confirm?: () => Promise<void>;
   /** 0…1 over the whole commit; long checks call it at least every two seconds. */
   onProgress?: (share: number) => void;
 }

@@ -94,7 +94,7 @@ interface Capturing {
   cleanup: CleanupStack;
 }
 
-/** Copies every disk and lets the snapshot go: the hypervisor saves old data no longer than it is read. */
+/** Copies every disk. */
 async function readSnapshot(
   backup: Backup,
   capturing: Capturing,
@@ -110,7 +110,6 @@ async function readSnapshot(
       await using _watch = watchRepository(run, repository, lease);
       for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
     }
-    await snapshot.close();
     return { captures, totals };
   } catch (error) {
     // A read that failed is often but the first sign that the snapshot broke: that says why.
@@ -310,6 +309,9 @@ async function commit(
 ): Promise<PointManifest> {
   const { run, repository, vm, pointId } = backup;
   const { snapshot, captures, totals } = parts;
+  // The hypervisor saves old data no longer than it is read. Its word that all was well is due before the point exists.
+  const closing = snapshot.close();
+  closing.catch(() => undefined);
   return repository.commitPoint(
     {
       pointId,
@@ -346,6 +348,7 @@ async function commit(
       lease: backup.lease,
       signal: run.signal,
       configFiles: [...snapshot.configFiles],
+      confirm: () => closing,
       onProgress: (share) => {
         run.setShare(share);
       },
