@@ -3,6 +3,7 @@
  *
  *   main → app → {api, queue, cli} → engine → {repository, source, target, db, nbd} → lib
  *   nbd → native;  repository → lib, nbd;  source, target → nbd, libvirt;  libvirt → lib
+ *   exportd → exports → nbd, lib: the export daemon runs without the rest
  *
  * A folder imports itself and what stands to its right, nothing else. Type-only imports count: a type
  * is as much a dependency on a folder's words as a call is. `config` is read by the entry points and
@@ -18,12 +19,15 @@ const FOLDERS = {
   target: 'src/target/',
   db: 'src/db/',
   config: 'src/config/',
+  exports: 'src/exports/',
+  exportd: 'src/exportd/(?!main[.]ts)',
   engine: 'src/engine/',
   queue: 'src/queue/',
   api: 'src/api/',
   cli: 'src/cli/',
   app: 'src/(app|state-directory)[.]ts$',
   main: 'src/main[.]ts$',
+  'exportd-main': 'src/exportd/main[.]ts$',
   rescue: 'repository/rescue-main[.]ts$',
 };
 
@@ -41,6 +45,9 @@ const MAY_IMPORT = {
   target: ['nbd', 'libvirt', ...LEAVES],
   db: LEAVES,
   config: LEAVES,
+  // Names, files and status of exports: what the daemon and its publisher share.
+  exports: ['nbd', ...LEAVES],
+  exportd: ['exports', 'nbd', ...LEAVES],
   engine: CONTRACTS,
   queue: ['engine', ...CONTRACTS],
   api: ['engine', ...CONTRACTS],
@@ -49,6 +56,7 @@ const MAY_IMPORT = {
   cli: ['config', ...LEAVES],
   app: ['api', 'queue', 'cli', 'engine', 'config', ...CONTRACTS],
   main: ['app', 'config', ...LEAVES],
+  'exportd-main': ['exportd', ...LEAVES],
   rescue: ['repository', 'target', 'nbd', ...LEAVES],
 };
 
@@ -83,7 +91,7 @@ const LIBRARY_OWNERS = [
   ['database', '(knex|mysql2|(@types/)?better-sqlite3)', 'src/db/'],
   ['child-processes', 'execa', 'src/lib/process[.]ts$'],
   ['log', 'pino', 'src/lib/log[.]ts$'],
-  ['command-line', 'commander', 'src/(cli/|main[.]ts$)|^repository/rescue-main[.]ts$'],
+  ['command-line', 'commander', 'src/(cli/|main[.]ts$|exportd/main[.]ts$)|^repository/rescue-main[.]ts$'],
   ['api-client', 'openapi-fetch', 'src/cli/'],
   ['xml', '@xmldom/xmldom', 'src/libvirt/'],
 ];

@@ -5,6 +5,7 @@ import tseslint from 'typescript-eslint';
 const ENTRY_POINTS = [
   'src/main.ts',
   'src/cli/main.ts',
+  'src/exportd/main.ts',
   'src/config/**/*.ts',
   'src/lib/process.ts',
   'repository/rescue-main.ts',
