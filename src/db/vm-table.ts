@@ -21,7 +21,7 @@ export function createVmTable(session: Session): VmTable {
     async listBySourceKey(prefix) {
       const vms = await session.run('listing discovered VMs', (db) =>
         db<VmRecord>('vms')
-          .whereRaw('substr(source_key, 1, ?) = ?', [[...prefix].length, prefix])
+          .whereRaw('substr(source_key, 1, ?) = ?', [characters(prefix), prefix])
           .orderBy('id'),
       );
       const disks = await readDisks(
@@ -38,6 +38,11 @@ export function createVmTable(session: Session): VmTable {
   };
 }
 
+/** As `substr` of both engines counts: code points. */
+function characters(text: string): number {
+  return Array.from(text).length;
+}
+
 async function findOne(session: Session, where: Partial<VmRecord>): Promise<VmRow | null> {
   const vm = await session.run('finding a VM', (db) => db<VmRecord>('vms').where(where).first());
   return vm === undefined ? null : toVmRow(vm, await readDisks(session, [vm.id]));
@@ -46,7 +51,7 @@ async function findOne(session: Session, where: Partial<VmRecord>): Promise<VmRo
 async function findAdoptable(session: Session, lineagePrefix: string): Promise<VmRow | null> {
   const disk = await session.run('finding a VM by its disks', (db) =>
     db<DiskRecord>('vm_disks')
-      .whereRaw('substr(lineage, 1, ?) = ?', [[...lineagePrefix].length, lineagePrefix])
+      .whereRaw('substr(lineage, 1, ?) = ?', [characters(lineagePrefix), lineagePrefix])
       .where('source', toJson(null))
       .orderBy('vm_id', 'desc')
       .first('vm_id'),
@@ -57,19 +62,20 @@ async function findAdoptable(session: Session, lineagePrefix: string): Promise<V
 }
 
 async function follow(session: Session, vm: VmRow): Promise<void> {
-  const { id, created_at: _, ...change } = toVmRecord(vm);
-  const records = vm.disks.map(toDiskRecord);
+  const { id } = vm;
+  // When it was recorded does not change.
+  const change: Partial<VmRecord> = toVmRecord(vm);
+  delete change.created_at;
+  const disks = vm.disks.map(toDiskRecord);
   await session.transaction(
     'following a VM',
     async (trx) => {
-      const count = await trx<VmRecord>('vms')
-        .where({ id })
-        .update({ id, ...change });
+      const count = await trx<VmRecord>('vms').where({ id }).update(change);
       if (count === 0) throw new AppError('NOT_FOUND', `there is no VM ${id}`, { details: { vmId: id } });
       const known = new Set(await trx<DiskRecord>('vm_disks').where({ vm_id: id }).pluck('id'));
-      for (const record of records) {
-        if (known.has(record.id)) await trx<DiskRecord>('vm_disks').where({ id: record.id }).update(record);
-        else await trx<DiskRecord>('vm_disks').insert(record);
+      for (const disk of disks) {
+        if (known.has(disk.id)) await trx<DiskRecord>('vm_disks').where({ id: disk.id }).update(disk);
+        else await trx<DiskRecord>('vm_disks').insert(disk);
       }
     },
     {
