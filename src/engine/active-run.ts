@@ -20,6 +20,8 @@ const RATE_WINDOW_MS = 5_000;
 export class ActiveRun implements AsyncDisposable {
   readonly id: RunId;
   readonly signal: AbortSignal;
+  /** False while something of this run may be at its source, and for good when it could not be removed. */
+  isSourceClean = true;
   readonly #controller = new AbortController();
   readonly #timer: NodeJS.Timeout;
   #stage: RunStage | null = null;

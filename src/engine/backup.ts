@@ -23,11 +23,9 @@ import { chooseDisks } from './disk-choice.js';
 import { cleanUpEarlierRuns } from './earlier-runs.js';
 import { refreshVm, sourceOptions } from './follow-machine.js';
 import { planDisks, toSourceDisk, type BackupRunRequest } from './plan-backup.js';
+import { watchRepository } from './repository-watch.js';
 import type { DiskView, RunResult } from './types.js';
 import { toIndexRows, toVmView } from './views.js';
-
-/** How often the repository is looked at while a run writes into it. */
-const REPOSITORY_LOOK_MS = 1000;
 
 /** What a backup run works with once it knows where it reads and writes. */
 interface Backup {
@@ -74,7 +72,11 @@ export async function executeBackup(context: EngineContext, run: ActiveRun): Pro
   await repository.putVm(vmRecord(vm, plans));
 
   await run.enter('snapshot');
-  const snapshot = cleanup.use(await takeSnapshot(backup, plans));
+  const snapshot = await takeSnapshot(backup, plans);
+  cleanup.defer(async () => {
+    await snapshot[Symbol.asyncDispose]();
+    run.isSourceClean = true;
+  });
   snapshot.lost.addEventListener('abort', () => {
     run.abort(toAppError(snapshot.lost.reason));
   });
@@ -210,7 +212,8 @@ async function followDisk(
 
 async function takeSnapshot(backup: Backup, plans: DiskPlan[]): Promise<SourceSnapshot> {
   const { run, vm, own, request, source } = backup;
-  return source.snapshot({
+  run.isSourceClean = false;
+  const taking = source.snapshot({
     vmId: vm.id,
     repositoryId: backup.repository.marker.repositoryId,
     runId: run.id,
@@ -227,6 +230,13 @@ async function takeSnapshot(backup: Backup, plans: DiskPlan[]): Promise<SourceSn
     },
     signal: run.signal,
   });
+  try {
+    return await taking;
+  } catch (error) {
+    // What it made it takes back, unless it says that this failed too.
+    run.isSourceClean = !(error instanceof Error && 'suppressed' in error);
+    throw error;
+  }
 }
 
 async function openCaptures(backup: Backup, { plans, snapshot, cleanup }: Capturing): Promise<DiskCapture[]> {
@@ -263,31 +273,6 @@ async function measureAndReserve(
     needed += writeBytes ?? 0;
   }
   await repository.requireSpace(needed);
-}
-
-/**
- * During the copy: a repository that went away is noticed, and what turned out larger than anybody knew
- * ends before it takes the reserve.
- */
-function watchRepository(run: ActiveRun, repository: Repository, lease: Lease): AsyncDisposable {
-  let looking: Promise<void> | undefined;
-  const look = async (): Promise<void> => {
-    try {
-      await lease.verify();
-      await repository.requireSpace(0);
-    } catch (error) {
-      run.abort(toAppError(error));
-    }
-  };
-  const timer = setInterval(() => {
-    looking ??= look().finally(() => (looking = undefined));
-  }, REPOSITORY_LOOK_MS);
-  return {
-    async [Symbol.asyncDispose]() {
-      clearInterval(timer);
-      await looking;
-    },
-  };
 }
 
 async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<CaptureTotals> {

@@ -82,9 +82,8 @@ async function executeClaimed(
     await run.end({ state: 'completed', error: null, result });
   } catch (error) {
     const reason = failureOf(error, run, shutdown);
-    // The run removes its own, and before its snapshot there is nothing; this is for what it could not. A hypervisor
-    // that hangs does not keep it from its end.
-    if (kind === 'backup' && run.stage !== 'discover') void leftovers.remove(run.row);
+    // A hypervisor that hangs does not keep the run from its end.
+    if (!run.isSourceClean) void leftovers.remove(run.row);
     if (reason.code === 'INTERNAL')
       context.logger.error({ err: error, runId: run.id }, 'run failed unexpectedly');
     if (await retry(context, run, reason)) return;

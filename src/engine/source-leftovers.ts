@@ -1,5 +1,5 @@
 import type { RunRow } from '../db/database.js';
-import { isErrorCode } from '../lib/errors.js';
+import { AppError, isErrorCode } from '../lib/errors.js';
 import type { RunId } from '../lib/id.js';
 import { parseVmSource } from '../source/disk-source.js';
 import { openSource } from '../source/open-source.js';
@@ -19,6 +19,7 @@ export class SourceLeftovers implements AsyncDisposable {
   readonly #waiting = new Map<RunId, RunRow>();
   #working: Promise<void> = Promise.resolve();
   #timer: NodeJS.Timeout | undefined;
+  readonly #closing = new AbortController();
 
   constructor(private readonly context: EngineContext) {}
 
@@ -37,6 +38,7 @@ export class SourceLeftovers implements AsyncDisposable {
   async [Symbol.asyncDispose](): Promise<void> {
     this.#waiting.clear();
     clearTimeout(this.#timer);
+    this.#closing.abort(new AppError('INTERRUPTED', 'the daemon is stopping'));
     await this.#working;
   }
 
@@ -51,7 +53,7 @@ export class SourceLeftovers implements AsyncDisposable {
     for (const row of [...this.#waiting.values()]) {
       if (!this.#waiting.has(row.id)) continue;
       try {
-        await cleanUpSource(this.context, row);
+        await cleanUpSource(this.context, row, this.#closing.signal);
         this.#waiting.delete(row.id);
       } catch (error) {
         const what = 'what a run left at its source could not be removed yet';
@@ -64,13 +66,17 @@ export class SourceLeftovers implements AsyncDisposable {
 }
 
 /** A job, a server, scratch space, a record nothing counts from. Nothing for disks that stand for themselves. */
-async function cleanUpSource(context: EngineContext, { id, vmId, pointId }: RunRow): Promise<void> {
+async function cleanUpSource(
+  context: EngineContext,
+  { id, vmId, pointId }: RunRow,
+  closing: AbortSignal,
+): Promise<void> {
   const vm = vmId === null ? null : await context.db.vms.get(vmId);
   const source = vm === null ? null : parseVmSource(vm.source);
   if (source === null || pointId === null) return;
   const isCommitted = (await context.db.points.get(pointId)) !== null;
   await openSource(source, sourceOptions(context, id)).cleanUp(
     { runId: id, pointId, isCommitted },
-    { signal: AbortSignal.timeout(CLEAN_UP_TIMEOUT_MS) },
+    { signal: AbortSignal.any([closing, AbortSignal.timeout(CLEAN_UP_TIMEOUT_MS)]) },
   );
 }
