@@ -296,6 +296,7 @@ async function commit(
   const { snapshot, captures, totals } = parts;
   // The hypervisor saves old data no longer than it is read. Its word that all was well is due before the point exists.
   const closing = snapshot.close();
+  // It is waited for below; a commit that fails before must not leave it unhandled.
   closing.catch(() => undefined);
   return repository.commitPoint(
     {

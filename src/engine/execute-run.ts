@@ -82,13 +82,16 @@ async function executeClaimed(
     await run.end({ state: 'completed', error: null, result });
   } catch (error) {
     const reason = failureOf(error, run, shutdown);
-    // A hypervisor that hangs does not keep the run from its end.
-    if (!run.isSourceClean) void leftovers.remove(run.row);
     if (reason.code === 'INTERNAL')
       context.logger.error({ err: error, runId: run.id }, 'run failed unexpectedly');
-    if (await retry(context, run, reason)) return;
-    run.log('error', { code: reason.code, message: reason.message, details: reason.details });
-    await run.end({ state: stateOf(reason), error: toRunError(reason), result: null });
+    try {
+      if (await retry(context, run, reason)) return;
+      run.log('error', { code: reason.code, message: reason.message, details: reason.details });
+      await run.end({ state: stateOf(reason), error: toRunError(reason), result: null });
+    } finally {
+      // A hypervisor that hangs does not keep the run from its end.
+      if (!run.isSourceClean) void leftovers.remove(run.row);
+    }
   }
 }
 

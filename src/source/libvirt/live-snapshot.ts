@@ -130,6 +130,8 @@ function hold(
       await using steps = new CleanupStack();
       if (!isCommitted && checkpoint !== null) steps.defer(() => removeCheckpoint(live, checkpoint));
       steps.defer(end);
+      // Whoever called it knows how it ended; a second end beside it would only be in its way.
+      steps.defer(() => Promise.allSettled([closing]));
     },
   };
 }
