@@ -4,6 +4,7 @@
  *   main → app → {api, queue, cli} → engine → {repository, source, target, db, nbd} → lib
  *   nbd → native;  repository → lib, nbd;  source, target → nbd, libvirt;  libvirt → lib
  *   exportd → exports → nbd, lib: the export daemon runs without the rest
+ *   volume → lib;  cli → capture → nbd: the capture agent runs without the daemon's parts
  *
  * A folder imports itself and what stands to its right, nothing else. Type-only imports count: a type
  * is as much a dependency on a folder's words as a call is. `config` is read by the entry points and
@@ -21,6 +22,8 @@ const FOLDERS = {
   config: 'src/config/',
   exports: 'src/exports/',
   exportd: 'src/exportd/(?!main[.]ts)',
+  volume: 'src/volume/',
+  capture: 'src/capture/',
   engine: 'src/engine/',
   queue: 'src/queue/',
   api: 'src/api/',
@@ -32,7 +35,7 @@ const FOLDERS = {
 };
 
 const LEAVES = ['lib'];
-const CONTRACTS = ['repository', 'source', 'target', 'db', 'nbd', ...LEAVES];
+const CONTRACTS = ['repository', 'source', 'target', 'exports', 'volume', 'db', 'nbd', ...LEAVES];
 const MAY_IMPORT = {
   lib: [],
   // The addon's face is usable alone: what it needs of the project it is given.
@@ -48,12 +51,17 @@ const MAY_IMPORT = {
   // Names, files and status of exports: what the daemon and its publisher share.
   exports: ['nbd', ...LEAVES],
   exportd: ['exports', 'nbd', ...LEAVES],
+  // Block devices of this host.
+  volume: LEAVES,
+  // The capture agent: it knows NBD, and the daemon through what it is given.
+  capture: ['nbd', ...LEAVES],
   engine: CONTRACTS,
   queue: ['engine', ...CONTRACTS],
   api: ['engine', ...CONTRACTS],
   // A client of the REST API: of the API it knows the generated types alone (the rule below), and the
   // entry point starts with the settings.
-  cli: ['config', ...LEAVES],
+  // The capture agent is one of its commands, and reads disks by itself.
+  cli: ['capture', 'nbd', 'config', ...LEAVES],
   app: ['api', 'queue', 'cli', 'engine', 'config', ...CONTRACTS],
   main: ['app', 'config', ...LEAVES],
   'exportd-main': ['exportd', ...LEAVES],

@@ -14,6 +14,8 @@ export type { Lease, LeaseHolder, LeaseTerms } from './lease.js';
 export type {
   CommitOptions,
   DeleteResult,
+  HashLayerOptions,
+  LayerHash,
   NewLayer,
   OpenOptions,
   PartialLayer,

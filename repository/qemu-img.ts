@@ -1,7 +1,7 @@
 import path from 'node:path';
 import { z } from 'zod';
 import { AppError, isErrorCode } from '../src/lib/errors.js';
-import { runTool } from '../src/lib/process.js';
+import { ToolError, runTool } from '../src/lib/process.js';
 import { CLUSTER_BYTES, MIB } from '../src/lib/units.js';
 import type { Backend } from './backend.js';
 
@@ -64,11 +64,33 @@ export interface ImageCheck {
   leaks: number;
 }
 
+/**
+ * CONFLICT while somebody has the image open for writing, by QEMU's own lock on the file: what is read of it then
+ * could still change.
+ */
+export async function requireClosed(file: string, signal?: AbortSignal): Promise<void> {
+  try {
+    await runTool('qemu-img', ['info', '-f', 'qcow2', imageAlone(file)], {
+      timeoutMs: CREATE_TIMEOUT_MS,
+      cwd: path.dirname(file),
+      signal,
+    });
+  } catch (error) {
+    // qemu's words are looked at because no exit code tells a lock from another failure.
+    if (!(error instanceof ToolError) || !/Failed to get .*lock/.test(error.stderrTail)) throw error;
+    throw new AppError('CONFLICT', 'a layer is still open for writing', { cause: error, details: { file } });
+  }
+}
+
+/** Without `backing: null` qemu-img opens the whole chain, and a damaged parent would be held against this file. */
+function imageAlone(file: string): string {
+  const node = { driver: 'qcow2', backing: null, file: { driver: 'file', filename: path.basename(file) } };
+  return `json:${JSON.stringify(node)}`;
+}
+
 /** `qemu-img check`, without repair. Exit codes 2 (corruptions) and 3 (leaks) are answers. */
 export async function checkImage(file: string, signal?: AbortSignal): Promise<ImageCheck> {
-  // Without `backing: null` qemu-img opens the whole chain, and a damaged parent would be held against this file.
-  const node = { driver: 'qcow2', backing: null, file: { driver: 'file', filename: path.basename(file) } };
-  const args = ['check', '-f', 'qcow2', '--output=json', `json:${JSON.stringify(node)}`];
+  const args = ['check', '-f', 'qcow2', '--output=json', imageAlone(file)];
   const { stdout } = await runTool('qemu-img', args, {
     timeoutMs: CHECK_TIMEOUT_MS,
     cwd: path.dirname(file),

@@ -51,6 +51,20 @@ export interface DeleteResult {
   freedBytes: number;
 }
 
+export interface HashLayerOptions {
+  signal?: AbortSignal | undefined;
+  /** 0…1. */
+  onProgress?: (share: number) => void;
+}
+
+export interface LayerHash {
+  /**
+   * SHA-256, in hexadecimal, over the layer's sums entries in ascending order, as they stand in the file: of a layer
+   * with a parent all of them, of a full those that are not zero.
+   */
+  digest: string;
+}
+
 /** What a sweep moved to trash/ or why it touched nothing of a VM. */
 export interface SweepReport {
   moved: string[];
@@ -101,6 +115,11 @@ export interface Repository {
 
   /** Creates the partial file with `qemu-img create -f qcow2 … -F qcow2 -b <relative parent>`. */
   createLayer(layer: NewLayer, lease: Lease): Promise<PartialLayer>;
+  /**
+   * Fills the sums of a layer that somebody else wrote, whoever gave them its path, by reading its own clusters back.
+   * Nobody may write to it from here on: CONFLICT while it is open for writing. LAYER_CORRUPT when it is no layer.
+   */
+  hashLayer(layer: PartialLayer, options?: HashLayerOptions): Promise<LayerHash>;
   /** Removes what `createLayer` made; idempotent. */
   discardLayer(layer: PartialLayer): Promise<void>;
   /** Removes every partial file of a run in a VM, found by the run id in its name; for recovery. Returns the names. */

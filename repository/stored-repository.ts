@@ -8,6 +8,7 @@ import { commitPoint } from './commit.js';
 import { readConfigFiles, type ConfigFile } from './config-files.js';
 import type { RepositoryContext } from './context.js';
 import { deletePoint, dependents } from './delete.js';
+import { hashLayer } from './hash-layer.js';
 import { acquireLease, type Lease, type LeaseHolder } from './lease.js';
 import { readAllManifests, readManifest } from './manifest.js';
 import { requireWritable } from './marker.js';
@@ -15,6 +16,8 @@ import { OpenLayer, createLayer, discardAbandoned, discardLayer, discardRun } fr
 import type {
   CommitOptions,
   DeleteResult,
+  HashLayerOptions,
+  LayerHash,
   NewLayer,
   PartialLayer,
   Repository,
@@ -96,6 +99,10 @@ export class StoredRepository implements Repository {
   async createLayer(layer: NewLayer, lease: Lease): Promise<PartialLayer> {
     await this.#gauge.requireSpace(0);
     return createLayer(this.#context, layer, lease);
+  }
+
+  hashLayer(layer: PartialLayer, options: HashLayerOptions = {}): Promise<LayerHash> {
+    return hashLayer(this.#context, ownLayer(layer), options);
   }
 
   discardLayer(layer: PartialLayer): Promise<void> {

@@ -7,9 +7,11 @@ import type { EngineContext, EngineSettings } from './engine/context.js';
 import { createEngine } from './engine/create-engine.js';
 import type { Engine } from './engine/engine.js';
 import { createRunExecution } from './engine/execute-run.js';
+import { startExportReaper } from './engine/export-reaper.js';
 import { createRecovery, recoveryIntervalMs, requeueWaiting, type Recovery } from './engine/recovery.js';
 import { SourceLeftovers } from './engine/source-leftovers.js';
 import { createRepositoryPool } from './engine/repository-pool.js';
+import { startVolumeWatch } from './engine/volume-orphans.js';
 import { CleanupStack } from './lib/cleanup.js';
 import { systemClock } from './lib/clock.js';
 import { errnoOf, isErrorCode } from './lib/errors.js';
@@ -22,6 +24,7 @@ import {
   startRunWorkers,
   type QueueConnection,
 } from './queue/index.js';
+import { hostProvider } from './volume/index.js';
 import { openStateDirectory, writePrivate, type StateDirectory } from './state-directory.js';
 
 /** How long running runs may take to clean up when the daemon stops. */
@@ -63,6 +66,7 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
     runtimeDirectory: config.runtimeDirectory,
     socketDirectory: state.socketDirectory,
     registry: state.registry,
+    volumeProvider: hostProvider,
   };
   const leftovers = stack.use(new SourceLeftovers(context));
   const execution = createRunExecution(context, leftovers);
@@ -71,11 +75,13 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
   const recovery = createRecovery(context, execution.active, leftovers);
   await recovery.recoverDead(state.deadWorkerIds);
   await state.forgetDeadWorkers();
-  if (config.roles.includes('scheduler')) stack.use(startReconciling(context, recovery));
+  if (config.roles.includes('scheduler')) {
+    for (const started of startScheduler(context, { recovery, state })) stack.use(started);
+  }
   if (config.roles.includes('worker')) {
     const workers = startRunWorkers({
       connection: redis,
-      concurrency: config.runs.workers,
+      concurrency: { work: config.runs.workers, attended: config.runs.attendedWorkers },
       execute: execution.execute,
       logger,
     });
@@ -95,7 +101,8 @@ export async function startApp(config: Config, logger: Logger): Promise<App> {
 }
 
 function engineSettings(config: Config): EngineSettings {
-  return { runs: config.runs, nbd: config.nbd, snapshot: config.snapshot };
+  const { runs, nbd, snapshot, exports, push } = config;
+  return { runs, nbd, snapshot, exports, push };
 }
 
 async function connectRedis(
@@ -130,6 +137,18 @@ async function ensureAdminToken(engine: Engine, file: string): Promise<void> {
   }
   const { secret } = await engine.createToken('admin', null);
   await writePrivate(file, `${secret}\n`);
+}
+
+/** Everything that is looked after at intervals. */
+function startScheduler(
+  context: EngineContext,
+  { recovery, state }: { recovery: Recovery; state: StateDirectory },
+): AsyncDisposable[] {
+  return [
+    startReconciling(context, recovery),
+    startExportReaper(context, state.deadWorkerIds),
+    startVolumeWatch(context),
+  ];
 }
 
 /** Looks for abandoned runs, and for queued ones without a job. One look at a time; a look that fails is logged and tried again at the next interval. */

@@ -1,7 +1,7 @@
 import { Command } from 'commander';
 import { startApp } from './app.js';
 import { DEFAULT_CONFIG_FILE, loadConfig, ROLES } from './config/index.js';
-import { AppError, toAppError } from './lib/errors.js';
+import { reportFailure, waitForSignal } from './lib/entry-point.js';
 import { createLogger } from './lib/log.js';
 
 /** Documented in docs/reference/cli.md. */
@@ -32,22 +32,10 @@ async function run(options: { config?: string; roles?: string }): Promise<number
     logger.info({ signal: await stopped }, 'holdfastd is stopping');
     return 0;
   } catch (error) {
-    const { code, message, remedy } = toAppError(error);
-    process.stderr.write(`holdfastd: ${code}: ${message}\n${remedy}\n`);
-    if (!(error instanceof AppError) && error instanceof Error)
-      process.stderr.write(`${error.stack ?? ''}\n`);
+    const { code, remedy } = reportFailure('holdfastd', error);
+    process.stderr.write(`${remedy}\n`);
     return code === 'CONFIG_INVALID' ? EXIT_CONFIG : EXIT_FAILED;
   }
-}
-
-function waitForSignal(): Promise<string> {
-  return new Promise((resolve) => {
-    for (const name of ['SIGTERM', 'SIGINT'] as const) {
-      process.once(name, () => {
-        resolve(name);
-      });
-    }
-  });
 }
 
 await program.parseAsync();

@@ -8,10 +8,10 @@ import { runTool } from '../../src/lib/process.js';
 import { findLeftovers } from '../lab/leftovers.js';
 import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
 import { startQemuNbd } from '../lab/nbd-server.js';
+import { freePort } from '../lab/port.js';
 import {
   definition,
   fileOf,
-  freePort,
   makeImage,
   namesAt,
   reads,
@@ -113,8 +113,8 @@ describe('bad files in the directory', () => {
     try {
       await rig.write('held.conf', definition('held', held));
       const { error } = fileOf(await rig.reload(), 'held.conf');
-      expect(error?.code).toBe('TOOL_FAILED');
-      expect(error?.message).toMatch(/lock/);
+      expect(error?.code).toBe('EXPORT_REFUSED');
+      expect(error?.message).toMatch(/another process has its image open/);
       expect(await namesAt(rig.unix(''))).toEqual(['good']);
     } finally {
       await writer.stop();
@@ -267,10 +267,14 @@ describe('starting', () => {
     });
     const status = JSON.parse(await readFile(rig.statusFile, 'utf8')) as Record<string, unknown>;
     await writeFile(rig.pidFile, `${bystander.pid}\n`);
-    await expect(reloadExportDaemon(place, TOOL)).rejects.toMatchObject({ code: 'CONFLICT' });
+    await expect(reloadExportDaemon(place, TOOL)).rejects.toMatchObject({
+      code: 'EXPORT_DAEMON_UNAVAILABLE',
+    });
     // The number of the dead daemon was given to somebody else.
     await writeFile(rig.statusFile, JSON.stringify({ ...status, pid: bystander.pid }));
-    await expect(reloadExportDaemon(place, TOOL)).rejects.toMatchObject({ code: 'CONFLICT' });
+    await expect(reloadExportDaemon(place, TOOL)).rejects.toMatchObject({
+      code: 'EXPORT_DAEMON_UNAVAILABLE',
+    });
     expect(bystander.hasExited).toBe(false);
     await using again = await startExportd({ directory: directory.file('stale') });
     expect((await again.reload()).pid).toBe(again.pid);

@@ -72,20 +72,6 @@ describe('clients that others made', () => {
   test('nbd-client -l lists the names', async () => {
     expect(await listWithNbdClient(rig.port)).toEqual(['chain', 'raw']);
   });
-
-  test('a QEMU machine has it as its disk', async () => {
-    const options = ['-machine', 'q35,accel=tcg', '-nodefaults', '-display', 'none', '-S', '-qmp', 'stdio'];
-    const drive = `driver=nbd,node-name=d,export=chain,server.type=inet,server.host=127.0.0.1,server.port=${rig.port},read-only=on`;
-    const { stdout } = await runTool(
-      'qemu-system-x86_64',
-      [...options, '-blockdev', drive, '-device', 'virtio-blk-pci,drive=d,id=disk'],
-      {
-        ...TOOL,
-        input: ['qmp_capabilities', 'query-block', 'quit'].map((name) => `{"execute":"${name}"}\n`).join(''),
-      },
-    );
-    expect(stdout).toMatch(/"virtual-size": 16777216/);
-  });
 });
 
 describe("Debian's nbd-server on the same directory", () => {

@@ -1,7 +1,6 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdir, readFile, rename, rm, writeFile } from 'node:fs/promises';
-import net, { type AddressInfo } from 'node:net';
 import path from 'node:path';
 import { pollUntil, withDeadline } from '../../src/lib/deadline.js';
 import { runTool } from '../../src/lib/process.js';
@@ -15,6 +14,7 @@ import {
 } from '../../src/exports/index.js';
 import { connectNbd, listExports, type NbdHandle } from '../../src/nbd/index.js';
 import { nbdUnixUri } from '../lab/nbd-server.js';
+import { freePort } from '../lab/port.js';
 
 const ROOT = path.resolve(import.meta.dirname, '../..');
 const TIMEOUT_MS = 30_000;
@@ -161,15 +161,6 @@ function spawnExportd(args: string[]) {
   return { process: child, exited, log: () => log };
 }
 
-export async function freePort(): Promise<number> {
-  const server = net.createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
-}
-
 export function definition(
   name: string,
   imagePath: string,
@@ -182,6 +173,7 @@ export function definition(
     isReadOnly: true,
     sizeBytes: null,
     description: null,
+    materialize: false,
     own: null,
     ...more,
   };

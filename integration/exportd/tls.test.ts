@@ -4,16 +4,8 @@ import type { ExportDefinition } from '../../src/exports/index.js';
 import { runTool } from '../../src/lib/process.js';
 import { findLeftovers } from '../lab/leftovers.js';
 import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
-import {
-  definition,
-  fileOf,
-  freePort,
-  makeImage,
-  namesAt,
-  sizeAt,
-  startExportd,
-  type ExportdRig,
-} from './rig.js';
+import { freePort } from '../lab/port.js';
+import { definition, fileOf, makeImage, namesAt, sizeAt, startExportd, type ExportdRig } from './rig.js';
 import { makeAuthority, makeKeys, type Authority } from './tls.js';
 
 const SIZE = 16 * 1024 * 1024;

@@ -1,13 +1,12 @@
-import { once } from 'node:events';
-import { mkdir, mkdtemp, readdir, rename, rm, writeFile } from 'node:fs/promises';
-import net from 'node:net';
+import { writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { CleanupStack } from '../../src/lib/cleanup.js';
 import { pollUntil } from '../../src/lib/deadline.js';
 import { runTool } from '../../src/lib/process.js';
-import { cachePath } from './cache.js';
+import { unpackDebian } from './debian-package.js';
 import { startNamespace } from './namespace.js';
-import { pathExists, READY_TIMEOUT_MS } from './server.js';
+import { freePort, greetsWith } from './port.js';
+import { READY_TIMEOUT_MS } from './server.js';
 
 const TOOL_TIMEOUT_MS = 60_000;
 /** The server, the client, and the library that nothing else brings along. */
@@ -18,14 +17,13 @@ export interface DebianNbdServer extends AsyncDisposable {
 }
 
 /**
- * Debian's nbd-server on a port of loopback, with the export files of `exportsDirectory`. The program comes from the
- * package, which is unpacked and not installed: installing it would start a service.
+ * Debian's nbd-server on a port of loopback, with the export files of `exportsDirectory`.
  */
 export async function startDebianNbdServer(options: {
   directory: string;
   exportsDirectory: string;
 }): Promise<DebianNbdServer> {
-  const unpacked = await unpackNbd();
+  const unpacked = await unpackDebian('nbd-server', PACKAGES);
   const configFile = path.join(options.directory, 'nbd-server.conf');
   const port = await freePort();
   await writeFile(
@@ -45,7 +43,7 @@ export async function startDebianNbdServer(options: {
   const namespace = undo.use(await startNamespace([{ tmpfs: '/run' }]));
   const args = namespace.entering(path.join(unpacked, 'bin/nbd-server'), ['-C', configFile]);
   await runTool('nsenter', args, { timeoutMs: TOOL_TIMEOUT_MS });
-  await pollUntil(async () => ((await isNbd(port)) ? true : undefined), {
+  await pollUntil(async () => ((await greetsWith(port, 'NBDMAGIC')) ? true : undefined), {
     timeoutMs: READY_TIMEOUT_MS,
     what: 'nbd-server becoming ready',
   });
@@ -58,7 +56,7 @@ export async function startDebianNbdServer(options: {
 
 /** The names that `nbd-client -l` lists of a server on a port of loopback. */
 export async function listWithNbdClient(port: number): Promise<string[]> {
-  const unpacked = await unpackNbd();
+  const unpacked = await unpackDebian('nbd-server', PACKAGES);
   const libraries = [
     path.join(unpacked, 'usr/lib/x86_64-linux-gnu'),
     path.join(unpacked, 'lib/x86_64-linux-gnu'),
@@ -74,44 +72,4 @@ export async function listWithNbdClient(port: number): Promise<string[]> {
   );
   const lines = stdout.split('\n').filter((line) => line !== '' && !line.startsWith('Negotiation'));
   return lines.map((line) => line.replace(/:.*$/, ''));
-}
-
-async function freePort(): Promise<number> {
-  const server = net.createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as net.AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
-}
-
-async function isNbd(port: number): Promise<boolean> {
-  const socket = net.connect(port, '127.0.0.1');
-  try {
-    const [chunk] = (await once(socket, 'data')) as [Buffer];
-    return chunk.toString('latin1').startsWith('NBDMAGIC');
-  } catch {
-    // Not listening yet: the caller's deadline decides.
-    return false;
-  } finally {
-    socket.destroy();
-  }
-}
-
-/** Answers the directory in the cache it is unpacked in. */
-async function unpackNbd(): Promise<string> {
-  const target = cachePath('nbd-server');
-  if (await pathExists(target)) return target;
-  await mkdir(cachePath(), { recursive: true });
-  const work = await mkdtemp(cachePath('nbd-'));
-  try {
-    await runTool('apt-get', ['download', '-qq', ...PACKAGES], { timeoutMs: TOOL_TIMEOUT_MS, cwd: work });
-    for (const name of (await readdir(work)).filter((it) => it.endsWith('.deb'))) {
-      await runTool('dpkg', ['-x', name, 'tree'], { timeoutMs: TOOL_TIMEOUT_MS, cwd: work });
-    }
-    await rename(path.join(work, 'tree'), target);
-  } finally {
-    await rm(work, { recursive: true, force: true });
-  }
-  return target;
 }

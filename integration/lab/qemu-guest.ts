@@ -13,6 +13,8 @@ export interface QemuDisk {
   /** Default `disk0`, `disk1`, …; the node is `<id>-format`. */
   id?: string;
   readonly?: boolean;
+  /** The path is that of a block device. */
+  isDevice?: boolean;
   /** Puts the disk into an iothread of its own. */
   iothread?: boolean;
 }
@@ -102,7 +104,12 @@ function diskArgs(disk: QemuDisk, index: number): string[] {
     driver: format,
     'read-only': isReadOnly,
     discard: 'unmap',
-    file: { driver: 'file', 'node-name': `${id}-file`, filename: disk.path, discard: 'unmap' },
+    file: {
+      driver: disk.isDevice === true ? 'host_device' : 'file',
+      'node-name': `${id}-file`,
+      filename: disk.path,
+      discard: 'unmap',
+    },
   };
   const device = {
     driver: 'virtio-blk-pci',

@@ -1,13 +1,12 @@
-import { once } from 'node:events';
-import { mkdir, mkdtemp, readFile, readdir, rename, rm, writeFile } from 'node:fs/promises';
-import net from 'node:net';
+import { mkdir, readFile, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { CleanupStack } from '../../src/lib/cleanup.js';
 import { runTool, startServer } from '../../src/lib/process.js';
-import { cachePath } from './cache.js';
+import { unpackDebian } from './debian-package.js';
 import type { LabDirectory } from './directory.js';
 import { startNamespace, type LabNamespace } from './namespace.js';
-import { pathExists, READY_TIMEOUT_MS } from './server.js';
+import { freePort, greetsWith } from './port.js';
+import { READY_TIMEOUT_MS } from './server.js';
 
 const TOOL_TIMEOUT_MS = 60_000;
 /** The server, and the one library of it that nothing else brings along. */
@@ -28,15 +27,14 @@ export interface LabSshd extends AsyncDisposable {
 
 /**
  * A private sshd on 127.0.0.1 with keys of its own, in `<lab>/ssh`. Sessions run as root on this machine's files,
- * with a /run of their own. The program comes from Debian's package, which is unpacked and not installed:
- * installing it would start a service.
+ * with a /run of their own.
  */
 export async function startSshd(lab: LabDirectory): Promise<LabSshd> {
   await using undo = new CleanupStack();
   const directory = lab.file('ssh');
   const file = (name: string): string => path.join(directory, name);
   undo.defer(() => rm(directory, { recursive: true, force: true }));
-  const unpacked = await unpackSshd();
+  const unpacked = await unpackDebian('openssh-server', PACKAGES);
   const port = await freePort();
   await mkdir(file('empty'), { recursive: true });
   for (const name of ['host', 'foreign', 'user']) {
@@ -97,51 +95,8 @@ async function runSshd(place: { directory: string; unpacked: string; port: numbe
   await startServer('nsenter', args, {
     owner: 'lab',
     readyTimeoutMs: READY_TIMEOUT_MS,
-    isReady: () => isSshd(port),
+    isReady: () => greetsWith(port, 'SSH-2'),
   });
   undo.release();
   return namespace;
-}
-
-/** Answers the directory in the cache it is unpacked in. */
-async function unpackSshd(): Promise<string> {
-  const target = cachePath('openssh-server');
-  if (await pathExists(target)) return target;
-  await mkdir(cachePath(), { recursive: true });
-  const work = await mkdtemp(cachePath('sshd-'));
-  try {
-    await runTool('apt-get', ['download', '-qq', ...PACKAGES], {
-      timeoutMs: TOOL_TIMEOUT_MS,
-      cwd: work,
-    });
-    for (const name of (await readdir(work)).filter((it) => it.endsWith('.deb'))) {
-      await runTool('dpkg', ['-x', name, 'tree'], { timeoutMs: TOOL_TIMEOUT_MS, cwd: work });
-    }
-    await rename(path.join(work, 'tree'), target);
-  } finally {
-    await rm(work, { recursive: true, force: true });
-  }
-  return target;
-}
-
-async function freePort(): Promise<number> {
-  const server = net.createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as net.AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
-}
-
-async function isSshd(port: number): Promise<boolean> {
-  const socket = net.connect(port, '127.0.0.1');
-  try {
-    const [chunk] = (await once(socket, 'data')) as [Buffer];
-    return chunk.toString().startsWith('SSH-2');
-  } catch {
-    // Not listening yet: the caller's deadline decides.
-    return false;
-  } finally {
-    socket.destroy();
-  }
 }

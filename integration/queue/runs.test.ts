@@ -1,67 +1,25 @@
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { Redis } from 'ioredis';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { RunExecutor, RunQueue } from '../../src/engine/run-queue.js';
 import { pollUntil } from '../../src/lib/deadline.js';
 import { AppError } from '../../src/lib/errors.js';
-import { newId, type RunId } from '../../src/lib/id.js';
 import { silentLogger } from '../../src/lib/log.js';
-import { openRunQueue, startRunWorkers, type RunWorkers } from '../../src/queue/index.js';
-import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
-import { startRedis, type LabRedis } from '../lab/redis.js';
+import { openRunQueue, type RunWorkers } from '../../src/queue/index.js';
+import type { LabRedis } from '../lab/redis.js';
+import { COMMAND_TIMEOUT_MS, labRun as run, startQueueLab, until, type QueueLab } from './queue-lab.js';
 
-const COMMAND_TIMEOUT_MS = 1000;
-
-let directory: LabDirectory;
+let lab: QueueLab;
 let redis: LabRedis;
 let queue: RunQueue;
-let workers: RunWorkers[];
-
-const connection = () => ({
-  address: { socketPath: redis.socketPath },
-  commandTimeoutMs: COMMAND_TIMEOUT_MS,
-});
 
 beforeEach(async () => {
-  directory = await makeLabDirectory({ wantBytes: 0 });
-  redis = await startRedis({ dir: directory.file('redis') });
-  queue = await openRunQueue(connection(), silentLogger());
-  workers = [];
+  lab = await startQueueLab();
+  ({ redis, queue } = lab);
 });
-afterEach(async () => {
-  await Promise.allSettled(workers.map((worker) => worker.stop(2000)));
-  await queue[Symbol.asyncDispose]();
-  await redis[Symbol.asyncDispose]();
-  await directory[Symbol.asyncDispose]();
-});
+afterEach(() => lab[Symbol.asyncDispose]());
 
-/** A short lock, so that a lost worker is noticed within a test. */
-function work(execute: RunExecutor, concurrency = 1): RunWorkers {
-  const started = startRunWorkers({
-    connection: connection(),
-    concurrency,
-    execute,
-    logger: silentLogger(),
-    jobLockMs: 1000,
-    stalledCheckMs: 500,
-  });
-  workers.push(started);
-  return started;
-}
-
-const run = (attempt = 1) => ({ runId: newId<RunId>(), kind: 'backup' as const, attempt });
-const until = (what: string, probe: () => boolean, timeoutMs = 15_000): Promise<true> =>
-  pollUntil(() => (probe() ? (true as const) : undefined), { timeoutMs, what });
-
-async function jobKeys(): Promise<string[]> {
-  const client = new Redis(redis.socketPath);
-  try {
-    return (await client.keys('holdfast:runs:*')).filter((key) => /:[0-9A-Z]{26}-\d+$/.test(key));
-  } finally {
-    client.disconnect();
-  }
-}
+const work = (execute: RunExecutor, concurrency = 1): RunWorkers => lab.work(execute, { work: concurrency });
 
 describe('the queue of runs', () => {
   it('delivers each run once, in order, and forgets it', async () => {
@@ -74,27 +32,21 @@ describe('the queue of runs', () => {
     });
     await until('three runs', () => executed.length === 3);
     expect(executed).toEqual(runs.map((one) => one.runId));
-    await pollUntil(async () => ((await jobKeys()).length === 0 ? true : undefined), {
-      timeoutMs: 5000,
-      what: 'the end of the jobs',
-    });
+    await lab.drained();
   });
 
   it('takes a run that is added twice as one job, and again once it has ended', async () => {
     const one = run();
     await Promise.all([queue.add(one), queue.add(one)]);
     await queue.add(one);
-    expect(await jobKeys()).toHaveLength(1);
+    expect(await lab.jobKeys()).toHaveLength(1);
     const executed: string[] = [];
     work(async (runId) => {
       executed.push(runId);
       return 'done';
     });
     await until('the run', () => executed.length === 1);
-    await pollUntil(async () => ((await jobKeys()).length === 0 ? true : undefined), {
-      timeoutMs: 5000,
-      what: 'the end of the job',
-    });
+    await lab.drained();
     await queue.add(one);
     await until('the run again', () => executed.length === 2);
   });
@@ -103,24 +55,21 @@ describe('the queue of runs', () => {
     const one = run();
     await queue.add(one);
     let isHeld = false;
-    const lost = startRunWorkers({
-      connection: connection(),
-      concurrency: 1,
-      logger: silentLogger(),
-      execute: async (_runId, signal) => {
+    lab.work(
+      async (_runId, signal) => {
         isHeld = true;
         await new Promise((resolve) => {
           signal.addEventListener('abort', resolve);
         });
         return 'done';
       },
-    });
-    workers.push(lost);
+      { isLockLong: true },
+    );
     await until('the lost worker', () => isHeld);
     await queue.add(one);
-    expect(await jobKeys()).toHaveLength(1);
+    expect(await lab.jobKeys()).toHaveLength(1);
     await queue.clear();
-    expect(await jobKeys()).toHaveLength(0);
+    expect(await lab.jobKeys()).toHaveLength(0);
     await queue.add(one);
     const executed: string[] = [];
     work(async (runId) => {
@@ -189,10 +138,7 @@ describe('the queue of runs', () => {
     await queue.add(permanent);
     await queue.add(passing);
     await until('the second delivery', () => deliveries.get(passing.runId) === 2);
-    await pollUntil(async () => ((await jobKeys()).length === 0 ? true : undefined), {
-      timeoutMs: 5000,
-      what: 'the end of the jobs',
-    });
+    await lab.drained();
     expect(deliveries.get(permanent.runId)).toBe(1);
   });
 });
@@ -213,7 +159,7 @@ describe('stop', () => {
     await until('the first run', () => events.length === 1);
     await worker.stop(5000);
     expect(events).toEqual(['begin', 'INTERRUPTED', 'cleaned up']);
-    expect(await jobKeys()).toHaveLength(1);
+    expect(await lab.jobKeys()).toHaveLength(1);
   });
 
   it('ends in its time when a run does not', async () => {
@@ -279,7 +225,7 @@ describe('outages', () => {
     const startMs = performance.now();
     await expect(
       openRunQueue(
-        { address: { socketPath: directory.file('none.sock') }, commandTimeoutMs: 500 },
+        { address: { socketPath: lab.directory.file('none.sock') }, commandTimeoutMs: 500 },
         silentLogger(),
       ),
     ).rejects.toMatchObject({ code: 'QUEUE_UNAVAILABLE' });
@@ -324,10 +270,7 @@ describe('outages', () => {
       const next = run();
       await queue.add(next);
       await until('the next run', () => claimed.has(next.runId), 40_000);
-      await pollUntil(async () => ((await jobKeys()).length === 0 ? true : undefined), {
-        timeoutMs: 20_000,
-        what: 'the end of the jobs',
-      });
+      await lab.drained(20_000);
       expect(ends).toBe(2);
     },
   );

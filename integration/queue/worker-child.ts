@@ -9,7 +9,7 @@ import { startRunWorkers } from '../../src/queue/index.js';
 const [socketPath = ''] = process.argv.slice(2);
 startRunWorkers({
   connection: { address: { socketPath } },
-  concurrency: 1,
+  concurrency: { work: 1, attended: 1 },
   logger: silentLogger(),
   jobLockMs: 1000,
   stalledCheckMs: 500,

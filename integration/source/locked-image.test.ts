@@ -1,7 +1,7 @@
 import { expect, it } from 'vitest';
 import { KIB, MIB } from '../../src/lib/units.js';
 import { connectNbd } from '../../src/nbd/index.js';
-import { serveLocked } from '../../src/source/locked-image.js';
+import { serveLocked } from '../../src/nbd/locked-image.js';
 import { makeLabDirectory } from '../lab/directory.js';
 import { exportRaw, firstDifference, makeRaw, qemuIo } from '../lab/disk-image.js';
 

@@ -190,7 +190,7 @@ export interface paths {
         put?: never;
         /**
          * Back a virtual machine up
-         * @description With type `auto` a run is incremental where that is provably right, else full. The reason is recorded for each disk.
+         * @description With type `auto` a run is incremental where that is provably right, else full. The reason is recorded for each disk. With source `push` an agent beside the machine writes the disks: the answer comes when `progress.push` has the exports to write to, or the run has ended, or after a minute; then ask for the run again. Ending the request early ends only the waiting.
          */
         post: operations["createBackup"];
         delete?: never;
@@ -277,6 +277,46 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/backups/{id}/progress": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Tell how far a pushed backup is
+         * @description The agent sends this every two seconds, also when nothing has moved: a run that hears nothing for `progress.push.silenceMs` fails. An agent that reports and moves nothing is shown as stalled, and waited for. Refused with RUN_NOT_ACTIVE when the run has ended; the answer of a running one says whether it is being cancelled.
+         */
+        post: operations["reportPush"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/backups/{id}/disks/{diskId}/complete": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Tell that a disk of a pushed backup is written and flushed
+         * @description The point is committed when every disk is complete: the exports are taken away, so that nothing written later reaches the point, the layers are read back, and its time is when the exports were there. The same completion again is answered the same, also after the commit; another one of a completed disk is a CONFLICT.
+         */
+        post: operations["completePushDisk"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/restore/images": {
         parameters: {
             query?: never;
@@ -327,6 +367,265 @@ export interface paths {
         };
         /** Show a restore */
         get: operations["getRestore"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/exports": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** List exports, newest first */
+        get: operations["listExports"];
+        put?: never;
+        /**
+         * Publish a disk of a point, or a volume, over NBD
+         * @description Give exactly one of pointId and volumeId. The answer comes when clients can read it. A writable export of a point is written to a throw-away overlay; the point stays as it is. A published point is not deleted. CONFLICT, with `details.exportId`, when the same is published already.
+         */
+        post: operations["createExport"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/exports/{id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Show an export */
+        get: operations["getExport"];
+        put?: never;
+        post?: never;
+        /**
+         * Stop publishing
+         * @description Its clients are cut off. The overlay of a writable one goes too, unless it was materialized: that image is yours.
+         */
+        delete: operations["removeExport"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/exports/{id}/materialize": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Make a writable export independent of its point
+         * @description What the point holds is copied into the overlay while it is in use. Then the image stands alone, and the point is not needed for it any more.
+         */
+        post: operations["materializeExport"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/exports/daemon": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Show the export daemon as it shows itself */
+        get: operations["getExportDaemon"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/exports/identities": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** List users with a pre-shared key */
+        get: operations["listExportIdentities"];
+        put?: never;
+        /**
+         * Make a pre-shared key for a user whom exports can be for
+         * @description The key is answered here once and kept only for the export daemon; therefore this route takes no Idempotency-Key.
+         */
+        post: operations["createExportIdentity"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/exports/identities/{user}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        post?: never;
+        /**
+         * Remove the key of a user
+         * @description Refused with CONFLICT while an export is for that user.
+         */
+        delete: operations["removeExportIdentity"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/volumes": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** List volumes */
+        get: operations["listVolumes"];
+        put?: never;
+        /**
+         * Register a block device of the daemon's host
+         * @description Give exactly one of identity and devicePath. The volume is the device with that identity, wherever it is found; its path may change.
+         */
+        post: operations["createVolume"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/volumes/devices": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List the block devices of the daemon's host
+         * @description As they are now, with the identities by which each can be registered. Nothing is recorded.
+         */
+        get: operations["discoverVolumes"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/volumes/{id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Show a volume */
+        get: operations["getVolume"];
+        put?: never;
+        post?: never;
+        /**
+         * Forget a volume
+         * @description Refused with CONFLICT while it is attached or used by a disk. What is on the device stays.
+         */
+        delete: operations["removeVolume"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/volumes/{id}/device": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Tell the device of an attached volume
+         * @description Checked just now to be the volume: VOLUME_GONE or VOLUME_MISMATCH otherwise.
+         */
+        get: operations["getVolumeDevice"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/volumes/{id}/attach": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Find the device of a volume and keep it for that volume alone */
+        post: operations["attachVolume"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/volumes/{id}/detach": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Release the device of a volume
+         * @description The operation fails with VOLUME_IN_USE while an export or a run uses the volume.
+         */
+        post: operations["detachVolume"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/operations/{id}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Show an operation on a volume or an export
+         * @description An operation is a run, seen from what it is about; `/runs/{id}` has its log and cancels it.
+         */
+        get: operations["getOperation"];
         put?: never;
         post?: never;
         delete?: never;
@@ -543,7 +842,7 @@ export interface components {
          * @description The catalogue of errors; each is explained in docs/reference/errors.md.
          * @enum {string}
          */
-        ErrorCode: "INVALID_INPUT" | "CONFIG_INVALID" | "UNAUTHENTICATED" | "TOO_MANY_REQUESTS" | "HOST_REFUSED" | "METHOD_NOT_ALLOWED" | "BODY_TOO_LARGE" | "MEDIA_TYPE_UNSUPPORTED" | "NOT_FOUND" | "CONFLICT" | "IDEMPOTENCY_MISMATCH" | "RUN_ACTIVE" | "RUN_NOT_ACTIVE" | "INTERRUPTED" | "REPOSITORY_OFFLINE" | "REPOSITORY_FULL" | "REPOSITORY_READ_ONLY" | "REPOSITORY_LOCKED" | "REPOSITORY_FOREIGN" | "REPOSITORY_FORMAT" | "REPOSITORY_EXISTS" | "REPOSITORY_IO" | "LEASE_LOST" | "MANIFEST_UNREADABLE" | "LAYER_NOT_FOUND" | "LAYER_CORRUPT" | "CHAIN_BROKEN" | "PARENT_MISMATCH" | "POINT_NOT_FOUND" | "POINT_HAS_DEPENDENTS" | "POINT_IN_USE" | "SOURCE_UNREACHABLE" | "SOURCE_REFUSED" | "SOURCE_SIZE_MISMATCH" | "SOURCE_FORMAT" | "SOURCE_BUSY" | "SNAPSHOT_LOST" | "SCRATCH_FULL" | "FREEZE_FAILED" | "BITMAP_MISSING" | "BITMAP_INCONSISTENT" | "INCREMENTAL_IMPOSSIBLE" | "NBD_URI_INVALID" | "NBD_CONNECT" | "NBD_PROTOCOL" | "NBD_REQUEST" | "NBD_STALLED" | "NBD_CLOSED" | "TARGET_EXISTS" | "TARGET_TOO_SMALL" | "TARGET_IN_USE" | "TARGET_NOT_EMPTY" | "TARGET_FULL" | "TARGET_IO" | "TARGET_FORBIDDEN" | "QUEUE_UNAVAILABLE" | "DATABASE_UNAVAILABLE" | "TOOL_MISSING" | "TOOL_FAILED" | "TIMEOUT" | "CANCELLED" | "INTERNAL";
+        ErrorCode: "INVALID_INPUT" | "CONFIG_INVALID" | "UNAUTHENTICATED" | "TOO_MANY_REQUESTS" | "HOST_REFUSED" | "METHOD_NOT_ALLOWED" | "BODY_TOO_LARGE" | "MEDIA_TYPE_UNSUPPORTED" | "NOT_FOUND" | "CONFLICT" | "IDEMPOTENCY_MISMATCH" | "RUN_ACTIVE" | "RUN_NOT_ACTIVE" | "INTERRUPTED" | "REPOSITORY_OFFLINE" | "REPOSITORY_FULL" | "REPOSITORY_READ_ONLY" | "REPOSITORY_LOCKED" | "REPOSITORY_FOREIGN" | "REPOSITORY_FORMAT" | "REPOSITORY_EXISTS" | "REPOSITORY_IO" | "LEASE_LOST" | "MANIFEST_UNREADABLE" | "LAYER_NOT_FOUND" | "LAYER_CORRUPT" | "CHAIN_BROKEN" | "PARENT_MISMATCH" | "POINT_NOT_FOUND" | "POINT_HAS_DEPENDENTS" | "POINT_IN_USE" | "SOURCE_UNREACHABLE" | "SOURCE_REFUSED" | "SOURCE_SIZE_MISMATCH" | "SOURCE_FORMAT" | "SOURCE_BUSY" | "SNAPSHOT_LOST" | "SCRATCH_FULL" | "FREEZE_FAILED" | "BITMAP_MISSING" | "BITMAP_INCONSISTENT" | "INCREMENTAL_IMPOSSIBLE" | "NBD_URI_INVALID" | "NBD_CONNECT" | "NBD_PROTOCOL" | "NBD_REQUEST" | "NBD_STALLED" | "NBD_CLOSED" | "EXPORT_DAEMON_UNAVAILABLE" | "EXPORT_REFUSED" | "PUSH_SILENT" | "PUSH_MISMATCH" | "VOLUME_GONE" | "VOLUME_MISMATCH" | "VOLUME_IN_USE" | "TARGET_EXISTS" | "TARGET_TOO_SMALL" | "TARGET_IN_USE" | "TARGET_NOT_EMPTY" | "TARGET_FULL" | "TARGET_IO" | "TARGET_FORBIDDEN" | "QUEUE_UNAVAILABLE" | "DATABASE_UNAVAILABLE" | "TOOL_MISSING" | "TOOL_FAILED" | "TIMEOUT" | "CANCELLED" | "INTERNAL";
         /**
          * @description RFC 9457 problem details.
          * @example {
@@ -688,8 +987,28 @@ export interface components {
             serial: string | null;
             changeTracking: components["schemas"]["ChangeTracking"];
         };
+        /** @description A disk that only an agent reads and pushes in. */
+        PushDiskSource: {
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "push";
+            /** @description Exact. */
+            sizeBytes: number;
+        };
+        /** @description A volume, wherever its device is when it is read. It must be attached. */
+        VolumeDiskSource: {
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "volume";
+            volumeId: components["schemas"]["Id"];
+            changeTracking: components["schemas"]["ChangeTracking"];
+        };
         /** @description What can be recorded by hand; sources of the other kinds are found by discovery. */
-        DiskSource: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"];
+        DiskSource: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"] | components["schemas"]["PushDiskSource"] | components["schemas"]["VolumeDiskSource"];
         /**
          * @example {
          *       "name": "web-01",
@@ -782,7 +1101,7 @@ export interface components {
             name: string;
             sizeBytes: components["schemas"]["Bytes"];
             /** @description Null for a disk that is known only from a repository. */
-            source: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"] | components["schemas"]["MachineDiskSource"] | null;
+            source: components["schemas"]["NbdDiskSource"] | components["schemas"]["ImageDiskSource"] | components["schemas"]["PushDiskSource"] | components["schemas"]["VolumeDiskSource"] | components["schemas"]["MachineDiskSource"] | null;
             /** @description Null for a disk that was recorded by hand. */
             facts: components["schemas"]["DiskFacts"] | null;
         };
@@ -861,43 +1180,154 @@ export interface components {
             /** @default [] */
             exclude: components["schemas"]["Name"][];
         };
+        /** @enum {string} */
+        Consistency: "application" | "crash" | "offline";
         /**
          * @example {
          *       "vmId": "01JD5H2M8T3Q9V6W4X7Y0ZABCD",
          *       "repositoryId": "01JD5H2M8T3Q9V6W4X7Y0ZABCE",
          *       "type": "auto"
          *     }
+         * @example {
+         *       "vmId": "01JD5H2M8T3Q9V6W4X7Y0ZABCD",
+         *       "repositoryId": "01JD5H2M8T3Q9V6W4X7Y0ZABCE",
+         *       "source": "push",
+         *       "push": {
+         *         "disks": [
+         *           {
+         *             "disk": "vda",
+         *             "changeIds": [
+         *               "holdfast-7"
+         *             ]
+         *           }
+         *         ]
+         *       }
+         *     }
          */
         BackupRequest: {
             vmId: components["schemas"]["Id"];
             repositoryId: components["schemas"]["Id"];
             /**
+             * @description configured, the default: Holdfast reads the disks where they are recorded. push: an agent writes them.
+             * @enum {string}
+             */
+            source?: "configured" | "push";
+            /**
              * @default auto
              * @enum {string}
              */
             type: "full" | "incremental" | "auto";
-            /** @default [] */
-            bitmaps: components["schemas"]["StatedBitmap"][];
-            /**
-             * @description Limit for reading the source; 0 for none.
-             * @default 0
-             */
-            bytesPerSecond: number;
-            /** @default prefer */
-            consistency: components["schemas"]["ConsistencyWish"];
-            /**
-             * @default {
-             *       "include": [],
-             *       "exclude": []
-             *     }
-             */
-            disks: components["schemas"]["DiskChoice"];
+            /** @description Empty by default. Only with source `configured`. */
+            bitmaps?: components["schemas"]["StatedBitmap"][];
+            /** @description Limit for reading the source; 0, the default, for none. Only with source `configured`. */
+            bytesPerSecond?: number;
+            /** @description `prefer` by default. Only with source `configured`. */
+            consistency?: components["schemas"]["ConsistencyWish"];
+            /** @description All by default. Only with source `configured`. */
+            disks?: components["schemas"]["DiskChoice"];
+            /** @description Only with source `push`. */
+            push?: components["schemas"]["PushRequest"];
             /**
              * @description What to do when another run of this machine and repository is active.
              * @default refuse
              * @enum {string}
              */
             whenBusy: "refuse" | "queue";
+        };
+        PushRequest: {
+            /**
+             * @description Whom the exports are for; null for everybody who reaches the export daemon.
+             * @default null
+             */
+            identity: components["schemas"]["PskIdentity"] | components["schemas"]["X509Identity"] | null;
+            /**
+             * @description What the agent promises of the instant it reads.
+             * @default crash
+             */
+            consistency: components["schemas"]["Consistency"];
+            /**
+             * @description Empty for all that are recorded.
+             * @default []
+             */
+            disks: components["schemas"]["PushRequestDisk"][];
+        };
+        PushRequestDisk: {
+            /** @description Id or name. */
+            disk: components["schemas"]["Name"];
+            /**
+             * @description Exact; null for the size that is recorded.
+             * @default null
+             */
+            sizeBytes: number | null;
+            /**
+             * @description What tells this disk from another that takes its place; null for the disk as it is recorded. One that Holdfast reads itself has another lineage when it is pushed: the change records of the one say nothing of the other.
+             * @default null
+             */
+            lineage: components["schemas"]["Name"] | null;
+            /**
+             * @description The change ids the agent can count from; null when it has the last one for sure. Without a common one the disk is pushed whole.
+             * @default null
+             */
+            changeIds: components["schemas"]["ChangeId"][] | null;
+        };
+        /** @description Names an instant from which the source can tell what changed, e.g. a dirty bitmap's name. */
+        ChangeId: string;
+        PushProgress: {
+            disks: components["schemas"]["PushReport"][];
+        };
+        /** @description Bytes of one disk so far, as the agent counts them. */
+        PushReport: {
+            diskId: components["schemas"]["Id"];
+            totalBytes: components["schemas"]["Bytes"];
+            bytesRead: components["schemas"]["Bytes"];
+            bytesWritten: components["schemas"]["Bytes"];
+            bytesZeroed: components["schemas"]["Bytes"];
+            bytesSkipped: components["schemas"]["Bytes"];
+        };
+        PushCompletion: {
+            /** @description What a later push counts from. */
+            changeId: components["schemas"]["ChangeId"];
+            /**
+             * @description SHA-256 over the sums entries of what was written (see repository/FORMAT.md); the layer is read back and must give the same. Null when the agent made none.
+             * @default null
+             */
+            sumsDigest: string | null;
+            bytesRead: components["schemas"]["Bytes"];
+            bytesWritten: components["schemas"]["Bytes"];
+            bytesZeroed: components["schemas"]["Bytes"];
+            bytesSkipped: components["schemas"]["Bytes"];
+        };
+        /** @description What the agent of a pushed backup works with. */
+        Push: {
+            /** @description `<disk name>=<URI>` for each disk, with a space between; a name is percent-encoded. */
+            exports: string;
+            hash: components["schemas"]["HashAlgorithm"];
+            clusterBytes: number;
+            /** @description An agent that reports nothing for this long fails the run. */
+            silenceMs: number;
+            disks: components["schemas"]["PushDisk"][];
+        };
+        PushDisk: {
+            diskId: components["schemas"]["Id"];
+            diskName: string;
+            /** @description As in the export's name. */
+            number: number;
+            exportId: components["schemas"]["Id"];
+            exportName: string;
+            /** @description Where it is offered; the first is the one of `exports`. */
+            uris: string[];
+            /** @description Exact. The export may be up to 511 bytes larger: whole sectors. */
+            sizeBytes: components["schemas"]["Bytes"];
+            /** @enum {string} */
+            method: "full" | "bitmap";
+            reason: components["schemas"]["CaptureReason"];
+            /** @description The change id whose changes are to be written; null for a full. */
+            changeIdFrom: string | null;
+            /** @description Exact size of the disk at the point that the layer stands on; null for a full. Where the disk is larger now, all of it from the cluster on that this size ends in is to be written as if it had changed. */
+            parentSizeBytes: number | null;
+            isCompleted: boolean;
+            /** @description As the agent completed it. */
+            changeIdTo: string | null;
         };
         /**
          * @example {
@@ -977,8 +1407,7 @@ export interface components {
             sequence: number;
             /** @enum {string} */
             type: "full" | "incremental";
-            /** @enum {string} */
-            consistency: "application" | "crash" | "offline";
+            consistency: components["schemas"]["Consistency"];
             capturedAt: components["schemas"]["Timestamp"];
             committedAt: components["schemas"]["Timestamp"];
             fileBytes: components["schemas"]["Bytes"];
@@ -1042,7 +1471,16 @@ export interface components {
             kind: "device";
             path: components["schemas"]["AbsolutePath"];
         };
-        TargetSpec: components["schemas"]["FileTarget"] | components["schemas"]["NbdTarget"] | components["schemas"]["DeviceTarget"];
+        /** @description An attached volume. */
+        VolumeTarget: {
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "volume";
+            volumeId: components["schemas"]["Id"];
+        };
+        TargetSpec: components["schemas"]["FileTarget"] | components["schemas"]["NbdTarget"] | components["schemas"]["DeviceTarget"] | components["schemas"]["VolumeTarget"];
         RestoreDisk: {
             diskId: components["schemas"]["Id"];
             target: components["schemas"]["TargetSpec"];
@@ -1150,8 +1588,305 @@ export interface components {
             uuid: string;
             isStarted: boolean;
         };
+        /**
+         * @description The name that goes with a pre-shared key.
+         * @example agent7
+         */
+        PskUser: string;
+        PskIdentity: {
+            /** @enum {string} */
+            kind: "psk";
+            user: components["schemas"]["PskUser"];
+        };
+        X509Identity: {
+            /** @enum {string} */
+            kind: "x509";
+            /**
+             * @description The subject of the client's certificate, as QEMU writes it.
+             * @example O=Example,CN=alice
+             */
+            distinguishedName: components["schemas"]["Name"];
+        };
+        /**
+         * @description Exactly one of pointId and volumeId.
+         * @example {
+         *       "pointId": "01JD5H2M8T3Q9V6W4X7Y0ZABCD",
+         *       "disk": "vda"
+         *     }
+         * @example {
+         *       "pointId": "01JD5H2M8T3Q9V6W4X7Y0ZABCD",
+         *       "disk": "vda",
+         *       "isReadOnly": false,
+         *       "ttlSeconds": 0
+         *     }
+         */
+        ExportRequest: {
+            /** @default null */
+            pointId: components["schemas"]["Id"] | null;
+            /**
+             * @description Id or name of a disk of the point; null when it has one only.
+             * @default null
+             */
+            disk: components["schemas"]["Name"] | null;
+            /** @default null */
+            volumeId: components["schemas"]["Id"] | null;
+            /**
+             * @description False: a point is written to through a throw-away overlay, a volume itself.
+             * @default true
+             */
+            isReadOnly: boolean;
+            /**
+             * @description A new file, for the overlay of a writable point; null for one in exports.overlayDirectory.
+             * @default null
+             */
+            overlayPath: components["schemas"]["AbsolutePath"] | null;
+            /**
+             * @description It is removed after this time. 0 for never; null for exports.defaultTtlSeconds.
+             * @default null
+             */
+            ttlSeconds: number | null;
+            /**
+             * @description Whom it is for; null for everybody who reaches the export daemon.
+             * @default null
+             */
+            identity: components["schemas"]["PskIdentity"] | components["schemas"]["X509Identity"] | null;
+        };
+        Export: {
+            id: components["schemas"]["Id"];
+            /** @description As NBD clients ask for it. */
+            name: string;
+            /** @enum {string} */
+            kind: "point" | "volume" | "push";
+            /** @enum {string} */
+            state: "publishing" | "published" | "removing";
+            pointId: string | null;
+            diskId: string | null;
+            /** @description The run whose layer it is. */
+            runId: string | null;
+            volumeId: string | null;
+            isReadOnly: boolean;
+            /** @description What clients see: whole sectors. Null while it is not known. */
+            sizeBytes: number | null;
+            /** @description Where it is offered now; empty while the export daemon does not serve it. */
+            uris: string[];
+            identity: components["schemas"]["PskIdentity"] | components["schemas"]["X509Identity"] | null;
+            /** @description What is served: a layer, a device, or the overlay of a writable one. */
+            imagePath: string;
+            createdAt: components["schemas"]["Timestamp"];
+            /** Format: date-time */
+            expiresAt: string | null;
+            /** @description Of a writable one that is, or was, made independent of its point. */
+            materialization: components["schemas"]["Materialization"] | null;
+            /** @description Why it is not served now, when it is not. */
+            problem: components["schemas"]["RunError"] | null;
+        };
+        Materialization: {
+            /** @enum {string} */
+            state: "running" | "completed" | "failed";
+            runId: components["schemas"]["Id"];
+        };
+        ExportPage: {
+            items: components["schemas"]["Export"][];
+            nextCursor: components["schemas"]["NextCursor"];
+        };
+        ExportDaemon: {
+            isRunning: boolean;
+            /** @description Its own words; null when it never ran or ended properly. */
+            status: components["schemas"]["ExportStatus"] | null;
+            problem: components["schemas"]["RunError"] | null;
+        };
+        /** @description The status file of holdfast-exportd. */
+        ExportStatus: {
+            /** @enum {integer} */
+            version: 1;
+            pid: number;
+            /** @description Clock ticks since boot. */
+            processStartTime: string;
+            startedAt: string;
+            exportsDirectory: string;
+            /** @description How often the directory was read since the daemon started. */
+            generation: number;
+            appliedAt: string;
+            /** @description When the last reading began */
+            readAtMs: number;
+            listeners: components["schemas"]["ExportListener"][];
+            files: components["schemas"]["ExportFile"][];
+            events: components["schemas"]["ExportEvent"][];
+        };
+        ExportDaemonError: {
+            code: string;
+            message: string;
+        };
+        ExportListener: {
+            id: string;
+            address: components["schemas"]["TcpAddress"] | components["schemas"]["UnixAddress"];
+            /** @enum {string} */
+            tls: "none" | "psk" | "x509";
+            /** @enum {string} */
+            state: "up" | "down";
+            pid: number | null;
+            /** @description How often its storage daemon had to be started again. */
+            restarts: number;
+            error: components["schemas"]["ExportDaemonError"] | null;
+        };
+        TcpAddress: {
+            /** @enum {string} */
+            kind: "tcp";
+            host: string;
+            port: number;
+        };
+        UnixAddress: {
+            /** @enum {string} */
+            kind: "unix";
+            path: string;
+        };
+        ExportFile: {
+            file: string;
+            /** @description SHA-256 of its content. */
+            digest: string | null;
+            name: string | null;
+            /** @enum {string} */
+            state: "served" | "failed";
+            /** @description Ids of those that offer it. */
+            listeners: string[];
+            sizeBytes: number | null;
+            /** @enum {string|null} */
+            format: "raw" | "qcow2" | null;
+            isReadOnly: boolean | null;
+            description: string | null;
+            materialize: components["schemas"]["ExportFileMaterialize"] | null;
+            error: components["schemas"]["ExportDaemonError"] | null;
+        };
+        ExportFileMaterialize: {
+            /** @enum {string} */
+            state: "running" | "completed" | "failed";
+            doneBytes: components["schemas"]["Bytes"];
+            totalBytes: components["schemas"]["Bytes"];
+            error: components["schemas"]["ExportDaemonError"] | null;
+        };
+        ExportEvent: {
+            at: string;
+            /** @enum {string} */
+            kind: "storage-daemon-ended" | "storage-daemon-restarted" | "restart-failed" | "directory-unreadable";
+            listener: string | null;
+            message: string;
+        };
+        /**
+         * @example {
+         *       "user": "agent7"
+         *     }
+         */
+        NewExportIdentity: {
+            user: components["schemas"]["PskUser"];
+        };
+        CreatedExportIdentity: {
+            user: string;
+            /** @description Hexadecimal. Shown this once. */
+            key: string;
+        };
+        ExportIdentityList: {
+            items: {
+                user: string;
+            }[];
+        };
+        /**
+         * @description Kind and value of what tells the device from all others.
+         * @example wwn:0x5000c500a1b2c3d4
+         * @example fs-uuid:1c8f6f0e-7a51-4b39-9f0a-2f6f0e7a5151
+         */
+        VolumeIdentity: string;
+        /**
+         * @description Exactly one of identity and devicePath.
+         * @example {
+         *       "name": "archive",
+         *       "identity": "wwn:0x5000c500a1b2c3d4"
+         *     }
+         */
+        NewVolume: {
+            /**
+             * @description Null for one made of the device's name.
+             * @default null
+             */
+            name: components["schemas"]["Name"] | null;
+            /**
+             * @description One of the identities of a device that is here now.
+             * @default null
+             */
+            identity: components["schemas"]["VolumeIdentity"] | null;
+            /**
+             * @description A device that is here now; its best identity is taken.
+             * @default null
+             */
+            devicePath: components["schemas"]["AbsolutePath"] | null;
+        };
+        Volume: {
+            id: components["schemas"]["Id"];
+            name: string;
+            /** @enum {string} */
+            provider: "host";
+            identity: string;
+            sizeBytes: components["schemas"]["Bytes"];
+            createdAt: components["schemas"]["Timestamp"];
+            /** @description Set while it is attached. */
+            mapping: components["schemas"]["DeviceMapping"] | null;
+            /** @description Where it was found just now, also while it is not attached; null when it is not there. */
+            devicePath: string | null;
+            /** @description VOLUME_GONE, VOLUME_MISMATCH, or what kept from looking. */
+            problem: components["schemas"]["RunError"] | null;
+        };
+        DeviceMapping: {
+            devicePath: string;
+            /** @description major:minor. */
+            deviceNumber: string;
+            attachedAt: components["schemas"]["Timestamp"];
+            verifiedAt: components["schemas"]["Timestamp"];
+        };
+        VolumePage: {
+            items: components["schemas"]["Volume"][];
+            nextCursor: components["schemas"]["NextCursor"];
+        };
+        VolumeDevice: {
+            devicePath: string;
+            /** @description major:minor. */
+            deviceNumber: string;
+            sizeBytes: components["schemas"]["Bytes"];
+        };
+        FoundDevice: {
+            devicePath: string;
+            /** @description major:minor. */
+            deviceNumber: string;
+            /** @description disk, part, lvm, loop …, as lsblk says. */
+            type: string;
+            sizeBytes: components["schemas"]["Bytes"];
+            model: string | null;
+            /** @description Best first; empty when nothing tells the device from another. */
+            identities: string[];
+            /** @description Why it cannot be attached now. */
+            inUseBy: string[];
+            /** @description The volume that has one of these identities. */
+            volumeId: string | null;
+        };
+        FoundDeviceList: {
+            items: components["schemas"]["FoundDevice"][];
+        };
+        /** @description Something asked of a volume or an export that takes a while. */
+        Operation: {
+            id: components["schemas"]["Id"];
+            /** @enum {string} */
+            kind: "materialize" | "attach-volume" | "detach-volume";
+            state: components["schemas"]["RunState"];
+            /** @description Of the export or the volume. */
+            subjectId: string;
+            createdAt: components["schemas"]["Timestamp"];
+            /** Format: date-time */
+            endedAt: string | null;
+            /** @description 0 to 1, null when unknown. */
+            share: number | null;
+            error: components["schemas"]["RunError"] | null;
+            result: components["schemas"]["RunResult"] | null;
+        };
         /** @enum {string} */
-        RunKind: "backup" | "restore" | "check" | "rescan" | "delete";
+        RunKind: "backup" | "restore" | "check" | "rescan" | "delete" | "materialize" | "attach-volume" | "detach-volume";
         /** @enum {string} */
         RunState: "queued" | "running" | "completed" | "failed" | "cancelled" | "interrupted";
         RunError: {
@@ -1176,8 +1911,10 @@ export interface components {
             bytesPerSecond: number;
             etaSeconds: number | null;
             disks: components["schemas"]["RunDiskProgress"][];
+            /** @description Of a pushed backup, once its exports are there. */
+            push: components["schemas"]["Push"] | null;
         };
-        RunRequest: components["schemas"]["BackupRunRequest"] | components["schemas"]["RestoreRunRequest"] | components["schemas"]["CheckRunRequest"] | components["schemas"]["RescanRunRequest"] | components["schemas"]["DeleteRunRequest"];
+        RunRequest: components["schemas"]["BackupRunRequest"] | components["schemas"]["RestoreRunRequest"] | components["schemas"]["CheckRunRequest"] | components["schemas"]["RescanRunRequest"] | components["schemas"]["DeleteRunRequest"] | components["schemas"]["PushRunRequest"] | components["schemas"]["MaterializeRunRequest"] | components["schemas"]["VolumeRunRequest"];
         BackupRunRequest: {
             /** @enum {string} */
             kind: "backup";
@@ -1211,7 +1948,31 @@ export interface components {
             /** @enum {string} */
             kind: "delete";
         };
-        RunResult: components["schemas"]["BackupRunResult"] | components["schemas"]["RestoreRunResult"] | components["schemas"]["CheckRunResult"] | components["schemas"]["RescanRunResult"] | components["schemas"]["DeleteRunResult"];
+        /** @description Of a run of kind backup. */
+        PushRunRequest: {
+            /** @enum {string} */
+            kind: "push";
+            type: components["schemas"]["BackupType"];
+            consistency: components["schemas"]["Consistency"];
+            identity: components["schemas"]["PskIdentity"] | components["schemas"]["X509Identity"] | null;
+            disks: {
+                diskId: components["schemas"]["Id"];
+                sizeBytes: number | null;
+                lineage: string | null;
+                changeIds: string[] | null;
+            }[];
+        };
+        MaterializeRunRequest: {
+            /** @enum {string} */
+            kind: "materialize";
+            exportId: components["schemas"]["Id"];
+        };
+        VolumeRunRequest: {
+            /** @enum {string} */
+            kind: "attach-volume" | "detach-volume";
+            volumeId: components["schemas"]["Id"];
+        };
+        RunResult: components["schemas"]["BackupRunResult"] | components["schemas"]["RestoreRunResult"] | components["schemas"]["CheckRunResult"] | components["schemas"]["RescanRunResult"] | components["schemas"]["DeleteRunResult"] | components["schemas"]["MaterializeRunResult"] | components["schemas"]["AttachVolumeRunResult"] | components["schemas"]["DetachVolumeRunResult"];
         BackupRunResult: {
             /** @enum {string} */
             kind: "backup";
@@ -1243,6 +2004,25 @@ export interface components {
             /** @enum {string} */
             kind: "delete";
             freedBytes: components["schemas"]["Bytes"];
+        };
+        MaterializeRunResult: {
+            /** @enum {string} */
+            kind: "materialize";
+            exportId: components["schemas"]["Id"];
+            /** @description The image that stands alone now. */
+            imagePath: string;
+            fileBytes: components["schemas"]["Bytes"];
+        };
+        AttachVolumeRunResult: {
+            /** @enum {string} */
+            kind: "attach-volume";
+            volumeId: components["schemas"]["Id"];
+            devicePath: string;
+        };
+        DetachVolumeRunResult: {
+            /** @enum {string} */
+            kind: "detach-volume";
+            volumeId: components["schemas"]["Id"];
         };
         CheckReport: {
             vms: number;
@@ -1287,7 +2067,7 @@ export interface components {
             progress: components["schemas"]["RunProgress"];
             error: components["schemas"]["RunError"] | null;
             request: components["schemas"]["RunRequest"];
-            result: components["schemas"]["BackupRunResult"] | components["schemas"]["RestoreRunResult"] | components["schemas"]["CheckRunResult"] | components["schemas"]["RescanRunResult"] | components["schemas"]["DeleteRunResult"] | null;
+            result: components["schemas"]["RunResult"] | null;
         };
         RunPage: {
             items: components["schemas"]["Run"][];
@@ -1367,12 +2147,18 @@ export interface components {
         PointId: components["schemas"]["Id"];
         RunId: components["schemas"]["Id"];
         TokenId: components["schemas"]["Id"];
+        DiskId: components["schemas"]["Id"];
+        ExportId: components["schemas"]["Id"];
+        VolumeId: components["schemas"]["Id"];
+        PskUser: components["schemas"]["PskUser"];
         /** @description Entries in one answer at the most. */
         Limit: number;
         /** @description The nextCursor of the page before. */
         Cursor: string;
         VmIdFilter: components["schemas"]["Id"];
         RepositoryIdFilter: components["schemas"]["Id"];
+        PointIdFilter: components["schemas"]["Id"];
+        VolumeIdFilter: components["schemas"]["Id"];
         RunKindFilter: components["schemas"]["RunKind"];
         RunStateFilter: components["schemas"]["RunState"];
         /** @description The sequence of the last event already read; 0 for all. */
@@ -1880,6 +2666,67 @@ export interface operations {
             default: components["responses"]["Problem"];
         };
     };
+    reportPush: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path: {
+                id: components["parameters"]["PointId"];
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["PushProgress"];
+            };
+        };
+        responses: {
+            /** @description The run. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Run"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    completePushDisk: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path: {
+                id: components["parameters"]["PointId"];
+                diskId: components["parameters"]["DiskId"];
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["PushCompletion"];
+            };
+        };
+        responses: {
+            /** @description The disk. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["PushDisk"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
     listRestores: {
         parameters: {
             query?: {
@@ -1984,6 +2831,442 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Run"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    listExports: {
+        parameters: {
+            query?: {
+                pointId?: components["parameters"]["PointIdFilter"];
+                volumeId?: components["parameters"]["VolumeIdFilter"];
+                /** @description Entries in one answer at the most. */
+                limit?: components["parameters"]["Limit"];
+                /** @description The nextCursor of the page before. */
+                cursor?: components["parameters"]["Cursor"];
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description One page. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ExportPage"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    createExport: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["ExportRequest"];
+            };
+        };
+        responses: {
+            /** @description The export. */
+            201: {
+                headers: {
+                    Location: components["headers"]["Location"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Export"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getExport: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["ExportId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The export. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Export"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    removeExport: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["ExportId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is gone. */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    materializeExport: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path: {
+                id: components["parameters"]["ExportId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It was queued. */
+            202: {
+                headers: {
+                    Location: components["headers"]["Location"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getExportDaemon: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The daemon. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ExportDaemon"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    listExportIdentities: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description All users, without their keys. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ExportIdentityList"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    createExportIdentity: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["NewExportIdentity"];
+            };
+        };
+        responses: {
+            /** @description The user and the key. */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["CreatedExportIdentity"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    removeExportIdentity: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                user: components["parameters"]["PskUser"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is gone. */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    listVolumes: {
+        parameters: {
+            query?: {
+                /** @description Entries in one answer at the most. */
+                limit?: components["parameters"]["Limit"];
+                /** @description The nextCursor of the page before. */
+                cursor?: components["parameters"]["Cursor"];
+            };
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description One page. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumePage"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    createVolume: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["NewVolume"];
+            };
+        };
+        responses: {
+            /** @description The volume. */
+            201: {
+                headers: {
+                    Location: components["headers"]["Location"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Volume"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    discoverVolumes: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The devices. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["FoundDeviceList"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getVolume: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["VolumeId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The volume. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Volume"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    removeVolume: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["VolumeId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is gone. */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getVolumeDevice: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["VolumeId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The device. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["VolumeDevice"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    attachVolume: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path: {
+                id: components["parameters"]["VolumeId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It was queued. */
+            202: {
+                headers: {
+                    Location: components["headers"]["Location"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    detachVolume: {
+        parameters: {
+            query?: never;
+            header?: {
+                /** @description A key of the client's choice. The same request with the same key is done once and answered the same; another request with the same key is refused with IDEMPOTENCY_MISMATCH. */
+                "Idempotency-Key"?: components["parameters"]["IdempotencyKey"];
+            };
+            path: {
+                id: components["parameters"]["VolumeId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It was queued. */
+            202: {
+                headers: {
+                    Location: components["headers"]["Location"];
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getOperation: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                id: components["parameters"]["RunId"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The operation. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Operation"];
                 };
             };
             default: components["responses"]["Problem"];

@@ -8,9 +8,13 @@ export type Schemas = components['schemas'];
 export type Api = Client<paths>;
 
 const REQUEST_TIMEOUT_MS = 30_000;
-/** Of requests that wait for a hypervisor, perhaps on another host. fetch itself gives up after 300 s. */
-const HYPERVISOR_TIMEOUT_MS = 290_000;
-const HYPERVISOR_ROUTES = /\/(vms\/discover|vms\/[^/]+\/release|backups\/estimate)$/;
+/**
+ * Of requests that wait for a hypervisor, perhaps on another host, or for the export daemon. fetch itself gives
+ * up after 300 s.
+ */
+const SLOW_TIMEOUT_MS = 290_000;
+const SLOW_ROUTES =
+  /^(POST .*\/(vms\/discover|vms\/[^/]+\/release|backups|backups\/estimate|exports)|DELETE .*\/exports\/[^/]+)$/;
 const API_PATH = '/api/v1';
 
 export interface ConnectOptions {
@@ -34,8 +38,8 @@ async function send(request: Request, options: ConnectOptions): Promise<Response
   // An event stream lasts as long as its run; whoever reads it watches its silence.
   const isStream = request.url.endsWith('/events');
   const limits = [options.signal, request.signal];
-  const isSlow = HYPERVISOR_ROUTES.test(request.url);
-  if (!isStream) limits.push(AbortSignal.timeout(isSlow ? HYPERVISOR_TIMEOUT_MS : REQUEST_TIMEOUT_MS));
+  const isSlow = SLOW_ROUTES.test(`${request.method} ${request.url}`);
+  if (!isStream) limits.push(AbortSignal.timeout(isSlow ? SLOW_TIMEOUT_MS : REQUEST_TIMEOUT_MS));
   try {
     return await fetch(request, { signal: AbortSignal.any(limits) });
   } catch (error) {

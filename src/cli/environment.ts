@@ -10,6 +10,6 @@ export interface CliEnvironment {
   stdout: TextStream;
   stderr: TextStream;
   env: Readonly<Record<string, string | undefined>>;
-  /** Aborts on Ctrl-C. */
+  /** Aborts on Ctrl-C and SIGTERM. */
   signal: AbortSignal;
 }

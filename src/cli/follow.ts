@@ -3,11 +3,13 @@ import { AppError } from '../lib/errors.js';
 import { dataOf, type Api, type Schemas } from './client.js';
 import { CliFailure, EXIT, interruptedFailure, type ExitCode } from './failure.js';
 import { ProgressDisplay } from './progress.js';
+import { formatOperation } from './render-attachments.js';
 import { formatRun } from './render.js';
 import { StreamLost, watchEvents } from './run-events.js';
 import type { Session } from './session.js';
 
 type Run = Schemas['Run'];
+type Operation = Schemas['Operation'];
 
 /** How long a daemon that went away (a restart) may take to answer again. */
 const RECONNECT_MS = 60_000;
@@ -22,13 +24,29 @@ function hasEnded(run: Run): boolean {
  * A daemon that restarts on the way is waited for.
  */
 export async function followRun(session: Session, run: Run): Promise<ExitCode> {
+  const diskNames = await diskNamesOf(await session.api(), run);
+  const ended = await watchToEnd(session, run, diskNames);
+  session.print(ended, () => formatRun(ended, diskNames));
+  return exitCodeOf(ended);
+}
+
+/** Follows an operation to its end, prints it, and answers the exit code, as `followRun` does. */
+export async function followOperation(session: Session, { id }: Operation): Promise<ExitCode> {
   const api = await session.api();
-  const diskNames = await diskNamesOf(api, run);
+  const path = { id };
+  const run = await watchToEnd(session, dataOf(await api.GET('/runs/{id}', { params: { path } })), new Map());
+  const ended = dataOf(await api.GET('/operations/{id}', { params: { path } }));
+  session.print(ended, () => formatOperation(ended));
+  return exitCodeOf(run);
+}
+
+async function watchToEnd(session: Session, run: Run, diskNames: ReadonlyMap<string, string>): Promise<Run> {
+  const api = await session.api();
   const display = new ProgressDisplay(session.environment.stderr, diskNames);
   try {
     const ended = await followToEnd({ session, api, display }, run);
     display.finish();
-    return printEnded(session, ended, diskNames);
+    return ended;
   } catch (error) {
     display.finish();
     if (!session.environment.signal.aborted) throw error;
@@ -94,9 +112,8 @@ export async function diskNamesOf(api: Api, run: Run): Promise<Map<string, strin
   return new Map((data?.disks ?? []).map((disk) => [disk.id, disk.name]));
 }
 
-/** Prints an ended run; its exit code says how it ended. */
-function printEnded(session: Session, run: Run, diskNames: ReadonlyMap<string, string>): ExitCode {
-  session.print(run, () => formatRun(run, diskNames));
+/** How the run ended. */
+function exitCodeOf(run: Run): ExitCode {
   if (run.state === 'cancelled' || run.state === 'interrupted') return EXIT.runStopped;
   if (run.state === 'failed') return EXIT.failed;
   return foundDamage(run) ? EXIT.failed : EXIT.ok;
@@ -113,5 +130,17 @@ function foundDamage(run: Run): boolean {
 export function runStarted(session: Session, run: Run, isDetached: boolean): Promise<ExitCode> {
   if (!isDetached) return followRun(session, run);
   session.print(run, () => `Run ${run.id} is ${run.state}. Follow it: holdfast run watch ${run.id}\n`);
+  return Promise.resolve(EXIT.ok);
+}
+
+/** The same for a command that has asked for an operation. */
+export function operationStarted(
+  session: Session,
+  operation: Operation,
+  isWaiting: boolean,
+): Promise<ExitCode> {
+  if (isWaiting) return followOperation(session, operation);
+  const { id, state } = operation;
+  session.print(operation, () => `Operation ${id} is ${state}. Look at it: holdfast operation show ${id}\n`);
   return Promise.resolve(EXIT.ok);
 }

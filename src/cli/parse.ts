@@ -22,6 +22,19 @@ export function parseCount(text: string, what: string): number {
   return value;
 }
 
+const SECONDS: Record<string, number> = { s: 1, m: 60, h: 3600, d: 86_400 };
+
+/** `90s`, `30m`, `1h` or `7d` as seconds; `0` for none. */
+export function parseDuration(text: string, what: string): number {
+  if (text === '0') return 0;
+  const match = /^(\d{1,9})([smhd])$/.exec(text);
+  const seconds = Number(match?.[1]) * (SECONDS[match?.[2] ?? ''] ?? NaN);
+  if (!Number.isSafeInteger(seconds)) {
+    throw usageFailure(`${what} ${safeText(text)} is not a time; write it like 30m, 1h or 7d`);
+  }
+  return seconds;
+}
+
 /**
  * `key=value,key=value`. Only the given keys begin a new part, so a comma inside a value is kept
  * unless one of the keys and `=` come right after it.
@@ -57,6 +70,7 @@ const NBD_URI = /^nbds?(\+unix|\+vsock)?:\/\//i;
 const DISK_KEYS = [
   'name',
   'source',
+  'size',
   'format',
   'tracking',
   'tls-psk-file',
@@ -65,8 +79,9 @@ const DISK_KEYS = [
 ] as const;
 type DiskKey = (typeof DISK_KEYS)[number];
 type NewDisk = Schemas['NewVm']['disks'][number];
+const VOLUME = /^volume:(.+)$/s;
 
-/** The value of `--disk` of `vm add`. */
+/** The value of `--disk` of `vm add`. A volume is there as it was named; see `findVolume`. */
 export function parseDisk(text: string): NewDisk {
   const what = '--disk';
   const pairs = parsePairs(text, DISK_KEYS, what);
@@ -77,6 +92,8 @@ export function parseDisk(text: string): NewDisk {
   };
   const name = need('name');
   const where = need('source');
+  if (where === 'push') return { name, source: parsePushed(pairs, need('size')) };
+  if (pairs.has('size')) throw usageFailure(`${what}: size= is for source=push alone`);
   const changeTracking = oneOf(
     pairs.get('tracking') ?? 'auto',
     ['auto', 'bitmap', 'compare'],
@@ -87,12 +104,24 @@ export function parseDisk(text: string): NewDisk {
     if (pairs.has('format')) throw usageFailure(`${what}: format= is for files, not for an NBD export`);
     return { name, source: { kind: 'nbd', uri: where, changeTracking, ...(tls === null ? {} : { tls }) } };
   }
-  if (!path.isAbsolute(where)) {
-    throw usageFailure(`${what}: source= must be an NBD URI or an absolute path`);
+  if (tls !== null) throw usageFailure(`${what}: tls-… is for an NBD export`);
+  const volume = VOLUME.exec(where)?.[1];
+  if (volume !== undefined) {
+    if (pairs.has('format')) throw usageFailure(`${what}: a volume has no format`);
+    return { name, source: { kind: 'volume', volumeId: volume, changeTracking } };
   }
-  if (tls !== null) throw usageFailure(`${what}: tls-… is for an NBD export, not for a file`);
+  if (!path.isAbsolute(where)) {
+    throw usageFailure(`${what}: source= must be an NBD URI, an absolute path, volume:VOLUME or push`);
+  }
   const format = oneOf(need('format'), ['raw', 'qcow2'], `${what}: format`);
   return { name, source: { kind: 'image', path: where, format, changeTracking } };
+}
+
+/** A disk that an agent pushes in has a size and nothing else. */
+function parsePushed(pairs: Map<string, string>, size: string): Schemas['PushDiskSource'] {
+  const other = DISK_KEYS.find((key) => !['name', 'source', 'size'].includes(key) && pairs.has(key));
+  if (other !== undefined) throw usageFailure(`--disk: ${other}= does not go with source=push`);
+  return { kind: 'push', sizeBytes: parseBytes(size, '--disk: size') };
 }
 
 function parseTls(pairs: Map<string, string>): Schemas['TlsFiles'] | null {
@@ -121,7 +150,7 @@ export function parseJsonObject(text: string, what: string): object {
   return value;
 }
 
-/** `NAME=WHERE` of `restore run --disk`: the disk's name and the target. */
+/** `NAME=WHERE` of `restore run --disk`: the disk's name and the target, a volume as it was named. */
 export function parseRestoreDisk(text: string): { disk: string; target: Schemas['TargetSpec'] } {
   const what = '--disk';
   const split = text.indexOf('=');
@@ -129,9 +158,13 @@ export function parseRestoreDisk(text: string): { disk: string; target: Schemas[
   const where = text.slice(split + 1);
   if (disk === '' || where === '') throw usageFailure(`${what} must be NAME=TARGET`);
   if (NBD_URI.test(where)) return { disk, target: { kind: 'nbd', uri: where } };
+  const volume = VOLUME.exec(where)?.[1];
+  if (volume !== undefined) return { disk, target: { kind: 'volume', volumeId: volume } };
   const { file, format } = splitFormat(where);
   if (!path.isAbsolute(file)) {
-    throw usageFailure(`${what}: ${safeText(file)} must be an absolute path, a device or an NBD URI`);
+    throw usageFailure(
+      `${what}: ${safeText(file)} must be an absolute path, a device, a volume or an NBD URI`,
+    );
   }
   if (file.startsWith('/dev/') && !file.startsWith('/dev/shm/')) {
     if (format !== null) throw usageFailure(`${what}: a device has no format`);
@@ -162,4 +195,17 @@ export function parseBitmap(text: string): { disk: string; name: string; sincePo
     throw usageFailure('--bitmap must be DISK=BITMAP@POINT');
   }
   return parts;
+}
+
+/** `--psk-user` or `--x509-name`: whom an export is for. */
+export function parseIdentity(options: {
+  pskUser?: string;
+  x509Name?: string;
+}): Schemas['PskIdentity'] | Schemas['X509Identity'] | null {
+  const { pskUser, x509Name } = options;
+  if (pskUser !== undefined && x509Name !== undefined) {
+    throw usageFailure('--psk-user and --x509-name: an export is for one of them');
+  }
+  if (pskUser !== undefined) return { kind: 'psk', user: pskUser };
+  return x509Name === undefined ? null : { kind: 'x509', distinguishedName: x509Name };
 }

@@ -1,12 +1,16 @@
 import { Command, CommanderError } from 'commander';
 import type { CommandContext, Outcome } from './action.js';
 import { addBackupCommands } from './commands/backup.js';
+import { addCaptureCommand } from './commands/capture.js';
+import { addExportCommands } from './commands/export.js';
+import { addOperationCommands } from './commands/operation.js';
 import { addRepositoryCommands } from './commands/repository.js';
 import { addRestoreCommands } from './commands/restore.js';
 import { addRunCommands } from './commands/run.js';
 import { addSystemCommands } from './commands/system.js';
 import { addTokenCommands } from './commands/token.js';
 import { addVmCommands } from './commands/vm.js';
+import { addVolumeCommands } from './commands/volume.js';
 import type { CliEnvironment } from './environment.js';
 import { EXIT, toFailure, type CliFailure, type ExitCode } from './failure.js';
 import { DEFAULT_TOKEN_FILE, DEFAULT_URL } from './session.js';
@@ -55,8 +59,12 @@ function buildProgram(context: CommandContext): Command {
   addRepositoryCommands(program, context);
   addVmCommands(program, context);
   addBackupCommands(program, context);
+  addCaptureCommand(program, context);
   addRestoreCommands(program, context);
+  addExportCommands(program, context);
+  addVolumeCommands(program, context);
   addRunCommands(program, context);
+  addOperationCommands(program, context);
   addTokenCommands(program, context);
   addSystemCommands(program, context);
   return program;
@@ -69,9 +77,13 @@ function report(failure: CliFailure, to: { environment: CliEnvironment; isJson: 
   if (to.isJson) stdout.write(`${JSON.stringify({ error: { code, message, remedy, details } }, null, 2)}\n`);
   if (exitCode === EXIT.interrupted) return;
   stderr.write(`holdfast: ${safeText(message)} (${safeText(code)})\n`);
-  const facts = Object.entries(details).filter(([, value]) => value !== undefined);
+  const facts = Object.entries(details).filter(([, value]) => value !== undefined && !isEmptyList(value));
   for (const [name, value] of facts) stderr.write(`  ${safeText(name)}: ${safeText(toText(value))}\n`);
   if (remedy !== '') stderr.write(`${safeText(remedy)}\n`);
+}
+
+function isEmptyList(value: unknown): boolean {
+  return Array.isArray(value) && value.length === 0;
 }
 
 function toText(value: unknown): string {

@@ -79,7 +79,10 @@ export function formatVmDisks(disks: readonly Disk[]): string {
 }
 
 const RECORDED_COLUMNS: readonly Column<Disk>[] = [
-  { title: 'TRACKING', value: (disk) => disk.source?.changeTracking ?? '-' },
+  {
+    title: 'TRACKING',
+    value: ({ source }) => (source === null || source.kind === 'push' ? '-' : source.changeTracking),
+  },
   { title: 'SOURCE', value: (disk) => formatSource(disk.source) },
 ];
 

@@ -18,6 +18,10 @@ export function formatSource(source: Schemas['Disk']['source']): string {
       return source.uri;
     case 'image':
       return `${source.path} (${source.format})`;
+    case 'volume':
+      return `volume ${source.volumeId}`;
+    case 'push':
+      return '(pushed by an agent)';
     case 'libvirt':
     case 'qemu':
       return `${source.kind}: ${source.target}`;
@@ -30,6 +34,8 @@ function formatTarget(target: Schemas['TargetSpec']): string {
       return target.uri;
     case 'device':
       return target.path;
+    case 'volume':
+      return `volume ${target.volumeId}`;
     case 'file':
       return `${target.path} (${target.format})`;
   }
@@ -50,7 +56,8 @@ export function formatRun(run: Run, diskNames: ReadonlyMap<string, string> = new
       ? [['took', formatDuration(Date.parse(run.endedAt) - Date.parse(run.startedAt))] as [string, string]]
       : []),
   ];
-  return formatFields(fields) + formatDisks(run, nameOf) + formatResult(run, nameOf) + formatRunError(run);
+  const progress = formatDisks(run, nameOf) + formatPush(run);
+  return formatFields(fields) + progress + formatResult(run, nameOf) + formatRunError(run);
 }
 
 type NameOf = (disk: { diskId: string }) => string;
@@ -67,6 +74,20 @@ function formatDisks(run: Run, nameOf: NameOf): string {
     { title: 'REASON', value: (disk) => disk.reason?.sentence ?? '' },
   ]);
   return `\n${table}`;
+}
+
+/** What the agent of a pushed backup has to do; when the run has ended nothing of it is there any more. */
+function formatPush({ state, progress: { push } }: Run): string {
+  if (push === null || state !== 'running') return '';
+  const table = formatTable(push.disks, [
+    { title: 'PUSHED DISK', value: (disk) => disk.diskName },
+    { title: 'METHOD', value: (disk) => disk.method },
+    { title: 'SINCE', value: (disk) => disk.changeIdFrom ?? '-' },
+    { title: 'COMPLETE', value: (disk) => (disk.isCompleted ? 'yes' : 'no') },
+    { title: 'EXPORT', value: (disk) => disk.uris[0] ?? '-' },
+    { title: 'REASON', value: (disk) => disk.reason.sentence },
+  ]);
+  return `\n${table}An agent that says nothing for ${formatDuration(push.silenceMs)} fails the run.\n`;
 }
 
 function formatResult({ result }: Run, nameOf: NameOf): string {
@@ -88,6 +109,27 @@ function formatResult({ result }: Run, nameOf: NameOf): string {
       return `\nFound ${result.vms} machines with ${result.points} points.\n`;
     case 'delete':
       return `\nFreed ${formatBytes(result.freedBytes)}.\n`;
+    case 'materialize':
+    case 'attach-volume':
+    case 'detach-volume':
+      return `\n${formatOperationResult(result)}`;
+  }
+}
+
+type OperationResult = Extract<
+  Schemas['RunResult'],
+  { kind: 'materialize' | 'attach-volume' | 'detach-volume' }
+>;
+
+/** What came of an operation on an export or a volume. */
+export function formatOperationResult(result: OperationResult): string {
+  switch (result.kind) {
+    case 'materialize':
+      return `${safeText(result.imagePath)} (${formatBytes(result.fileBytes)}) stands alone: the point is not needed for it.\n`;
+    case 'attach-volume':
+      return `Volume ${safeText(result.volumeId)} is attached at ${safeText(result.devicePath)}.\n`;
+    case 'detach-volume':
+      return `Volume ${safeText(result.volumeId)} is detached.\n`;
   }
 }
 

@@ -29,30 +29,51 @@ function pick<T extends { id: string; name: string }>(
   return found[0];
 }
 
-export async function findVm(api: Api, text: string): Promise<Schemas['Vm']> {
-  const items: Schemas['Vm'][] = [];
+/** All entries of a list that is answered in pages. */
+async function collect<T>(
+  getPage: (query: { limit: number; cursor?: string }) => Promise<{ items: T[]; nextCursor: string | null }>,
+): Promise<T[]> {
+  const items: T[] = [];
   for (let cursor: string | null = null, first = true; first || cursor !== null; first = false) {
-    const query = { limit: PAGE, ...(cursor === null ? {} : { cursor }) };
-    const page: Schemas['VmPage'] = dataOf(await api.GET('/vms', { params: { query } }));
+    const page = await getPage({ limit: PAGE, ...(cursor === null ? {} : { cursor }) });
     items.push(...page.items);
     cursor = page.nextCursor;
   }
+  return items;
+}
+
+export async function findVm(api: Api, text: string): Promise<Schemas['Vm']> {
+  const items = await collect(async (query) => dataOf(await api.GET('/vms', { params: { query } })));
   const vm = pick(items, text, 'virtual machine');
   if (vm === undefined) throw notFound('virtual machine', text, 'holdfast vm list');
   return vm;
 }
 
 export async function findRepository(api: Api, text: string): Promise<Schemas['Repository']> {
-  const items: Schemas['Repository'][] = [];
-  for (let cursor: string | null = null, first = true; first || cursor !== null; first = false) {
-    const query = { limit: PAGE, ...(cursor === null ? {} : { cursor }) };
-    const page: Schemas['RepositoryPage'] = dataOf(await api.GET('/repositories', { params: { query } }));
-    items.push(...page.items);
-    cursor = page.nextCursor;
-  }
+  const items = await collect(async (query) => dataOf(await api.GET('/repositories', { params: { query } })));
   const repository = pick(items, text, 'repository');
   if (repository === undefined) throw notFound('repository', text, 'holdfast repository list');
   return repository;
+}
+
+export async function findExport(api: Api, text: string): Promise<Schemas['Export']> {
+  const items = await collect(async (query) => dataOf(await api.GET('/exports', { params: { query } })));
+  const found = pick(items, text, 'export');
+  if (found === undefined) throw notFound('export', text, 'holdfast export list');
+  return found;
+}
+
+export async function findVolume(api: Api, text: string): Promise<Schemas['Volume']> {
+  const items = await collect(async (query) => dataOf(await api.GET('/volumes', { params: { query } })));
+  const volume = pick(items, text, 'volume');
+  if (volume === undefined) throw notFound('volume', text, 'holdfast volume list');
+  return volume;
+}
+
+/** A source or target as it is, but for a volume, which is named by its id from here on. */
+export async function resolveVolume<T extends { kind: string }>(api: Api, where: T): Promise<T> {
+  if (where.kind !== 'volume' || !('volumeId' in where)) return where;
+  return { ...where, volumeId: (await findVolume(api, String(where.volumeId))).id };
 }
 
 /** The disk of this name, number (`#0`) or id among those given. */

@@ -19,6 +19,7 @@ export class Session {
   readonly url: string;
   readonly environment: CliEnvironment;
   readonly #tokenFile: string;
+  #token: Promise<string> | undefined;
   #api: Promise<Api> | undefined;
 
   constructor(environment: CliEnvironment, options: GlobalOptions) {
@@ -31,10 +32,16 @@ export class Session {
 
   /** The client; reads the token at the first call. */
   api(): Promise<Api> {
-    this.#api ??= readToken(this.#tokenFile, (text) => {
-      this.note(`warning: ${text}`);
-    }).then((token) => connectApi({ url: this.url, token, signal: this.environment.signal }));
+    this.#api ??= this.apiUntil(this.environment.signal);
     return this.#api;
+  }
+
+  /** A client beside it that `signal` ends, for what is still to be said after Ctrl-C. */
+  async apiUntil(signal: AbortSignal): Promise<Api> {
+    this.#token ??= readToken(this.#tokenFile, (text) => {
+      this.note(`warning: ${text}`);
+    });
+    return connectApi({ url: this.url, token: await this.#token, signal });
   }
 
   /** A client that sends no token. */

@@ -12,6 +12,8 @@ const MAX_SOCKET_PATH_BYTES = 107;
 /** Room for the names below the runtime directory: a directory and a socket named by a ULID each. */
 const SOCKET_NAME_BYTES = 60;
 
+const MAX_PORT = 65_535;
+
 /** Where each setting of a loaded configuration came from: a file, a variable, or absent for the default. */
 const sources = new WeakMap<Config, ReadonlyMap<string, string>>();
 
@@ -155,6 +157,7 @@ function checkTogether(config: Config): void {
   checkServers(config);
   checkSocketPaths(config);
   checkTimes(config);
+  checkPorts(config.exports);
 }
 
 function checkListen({ host, tls }: Config['listen']): void {
@@ -223,6 +226,17 @@ function checkTimes({ runs, repository }: Config): void {
       throw configInvalid(`${key} is too short beside ${other}: it must be at least ${atLeast} ms`, { key });
     }
   }
+}
+
+function checkPorts({ ownPortsFrom, ownPorts }: Config['exports']): void {
+  const last = ownPortsFrom + ownPorts - 1;
+  if (last <= MAX_PORT) return;
+  throw configInvalid(
+    `exports.ownPorts is too large: the last port would be ${last}, and none is above ${MAX_PORT}`,
+    {
+      key: 'exports.ownPorts',
+    },
+  );
 }
 
 function deepFreeze<T extends object>(value: T): T {

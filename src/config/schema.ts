@@ -104,6 +104,11 @@ const redis = z.strictObject({
 
 const runs = z.strictObject({
   workers: count(2, 64, { comment: 'Runs this process executes at the same time.', unit: 'runs' }),
+  attendedWorkers: count(64, 1000, {
+    comment:
+      'Runs this process executes beside those, which mostly wait for others: pushed backups, operations.',
+    unit: 'runs',
+  }),
   attempts: count(3, 20, { comment: 'How often a run is tried that fails for a passing reason.' }),
   backoffMs: milliseconds(10_000, 'Wait before the second attempt; doubled for each further one.'),
   heartbeatMs: milliseconds(5000, 'How often a worker proves in the database that it lives.'),
@@ -180,6 +185,45 @@ const repository = z.strictObject({
   leaseExpiresMs: milliseconds(60_000, 'A lease not renewed for this long may be taken by another run.'),
 });
 
+const exportsSection = z.strictObject({
+  directory: setting(absolutePath.default('/etc/holdfast/exports.d'), {
+    comment: 'Where export files are written; exportsDirectory of holdfast-exportd.',
+  }),
+  pidFile: setting(absolutePath.default('/run/holdfast-exportd/exportd.pid'), {
+    comment: 'pidFile of holdfast-exportd.',
+  }),
+  statusFile: setting(absolutePath.default('/run/holdfast-exportd/status.json'), {
+    comment: 'statusFile of holdfast-exportd.',
+  }),
+  identitiesDirectory: optionalPath(
+    'tls.psk.identitiesDirectory of holdfast-exportd, where keys of identities are written.',
+  ),
+  overlayDirectory: setting(absolutePath.default('/var/lib/holdfast-overlays'), {
+    comment: 'Where writable exports of points keep what is written to them. Needs room.',
+  }),
+  advertisedHost: setting(
+    z
+      .string()
+      .regex(/^[A-Za-z0-9]([A-Za-z0-9.:-]{0,252})$/)
+      .nullable()
+      .default(null),
+    { comment: 'Name or address that clients use for the port, where the daemon listens on all addresses.' },
+  ),
+  ownPortsFrom: setting(z.int().min(1).max(65_535).default(10_810), {
+    comment: 'First of the TCP ports for exports that only one identity may use.',
+  }),
+  ownPorts: count(100, 10_000, { comment: 'How many such ports there are.', unit: 'ports' }),
+  publishTimeoutMs: milliseconds(30_000, 'Limit for the export daemon to serve a new export.', 100),
+  defaultTtlSeconds: setting(z.int().min(0).max(31_536_000).default(86_400), {
+    comment: 'An export is removed after this time unless it asks for another; 0: never.',
+    unit: 's',
+  }),
+});
+
+const push = z.strictObject({
+  silenceMs: milliseconds(300_000, 'A pushed backup whose agent reports nothing for this long fails.', 1000),
+});
+
 const api = z.strictObject({
   maxBodyBytes: setting(
     z
@@ -226,6 +270,8 @@ export const configSchema = z.strictObject({
   nbd,
   snapshot,
   repository,
+  exports: exportsSection,
+  push,
   api,
 });
 

@@ -4,6 +4,9 @@ import { AppError } from '../lib/errors.js';
 /** Limits of the columns, in characters; MariaDB enforces them, SQLite does not. */
 export const MAX_NAME_LENGTH = 255;
 export const MAX_ROOT_LENGTH = 1024;
+export const MAX_EXPORT_NAME_LENGTH = 64;
+export const MAX_IDENTITY_LENGTH = 1024;
+export const MAX_DEVICE_PATH_LENGTH = 4096;
 
 /** JSON columns are text on both engines; undefined becomes null. */
 export function toJson(value: unknown): string {

@@ -1,6 +1,13 @@
 import type { PointManifest } from '../../repository/index.js';
 import type { DiskId, LayerId, PointId, RepositoryId, RunId, TokenId, VmId } from '../lib/id.js';
 import type { HashAlgorithm } from '../nbd/index.js';
+import type { ExportTable, PushDiskTable } from './export-contract.js';
+import type { RowPage, RowPageRequest } from './row-page.js';
+import type { VolumeTable } from './volume-contract.js';
+
+export type * from './export-contract.js';
+export type * from './row-page.js';
+export type * from './volume-contract.js';
 
 /**
  * The database as the engine sees it: an index of the repositories, and the truth about runs. One
@@ -19,20 +26,13 @@ export interface Database extends AsyncDisposable {
   readonly idempotencyKeys: IdempotencyTable;
   readonly auditLog: AuditLogTable;
   readonly settings: SettingTable;
+  readonly exports: ExportTable;
+  readonly pushDisks: PushDiskTable;
+  readonly volumes: VolumeTable;
   /** Creates and updates the tables; safe when several processes start at once. */
   migrate(): Promise<void>;
   /** One cheap round trip within the time. */
   ping(timeoutMs: number): Promise<void>;
-}
-
-export interface RowPage<T> {
-  rows: T[];
-  nextCursor: string | null;
-}
-/** `cursor` is what an earlier page answered; INVALID_INPUT when it is not one. Stable while rows are added. */
-export interface RowPageRequest {
-  limit: number;
-  cursor: string | null;
 }
 
 export interface RepositoryRow {

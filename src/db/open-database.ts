@@ -5,8 +5,10 @@ import type { Logger } from '../lib/log.js';
 import { createAuditLogTable } from './audit-log-table.js';
 import { connect, type DatabaseOptions } from './connection.js';
 import type { Database } from './database.js';
+import { createExportTable } from './export-table.js';
 import { createIdempotencyTable } from './idempotency-table.js';
 import { migrate } from './migrate.js';
+import { createPushDiskTable } from './push-disk-table.js';
 import { createRecoveryPointTable } from './recovery-point-table.js';
 import { createRepositoryTable } from './repository-table.js';
 import { createRunEventTable } from './run-event-table.js';
@@ -15,6 +17,7 @@ import { Session } from './session.js';
 import { createSettingTable } from './setting-table.js';
 import { createTokenTable } from './token-table.js';
 import { createVmTable } from './vm-table.js';
+import { createVolumeTable } from './volume-table.js';
 
 export type { DatabaseOptions } from './connection.js';
 
@@ -50,6 +53,9 @@ export async function openDatabase(
     idempotencyKeys: createIdempotencyTable(session),
     auditLog: createAuditLogTable(session),
     settings: createSettingTable(session),
+    exports: createExportTable(session),
+    pushDisks: createPushDiskTable(session),
+    volumes: createVolumeTable(session),
     migrate: () => migrate(knex, session),
     ping: (timeoutMs) => ping(session, timeoutMs),
     [Symbol.asyncDispose]: close,

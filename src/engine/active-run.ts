@@ -4,7 +4,7 @@ import { pollUntil } from '../lib/deadline.js';
 import { AppError, isErrorCode, toAppError, type ErrorDetails } from '../lib/errors.js';
 import type { DiskId, PointId, RunId } from '../lib/id.js';
 import type { EngineContext } from './context.js';
-import type { RunDiskProgress, RunEvent, RunProgress, RunStage } from './types.js';
+import type { PushView, RunDiskProgress, RunEvent, RunProgress, RunStage } from './types.js';
 
 /** How long a run outlives its database: then it is given up and found again by recovery. */
 const DATABASE_OUTAGE_MS = 10 * 60_000;
@@ -27,6 +27,7 @@ export class ActiveRun implements AsyncDisposable {
   #stage: RunStage | null = null;
   #disks: RunDiskProgress[] = [];
   #share: number | null = null;
+  #push: PushView | null = null;
   #pendingEvents: Omit<RunEvent, 'sequence'>[] = [];
   #beating: Promise<void> | undefined;
   #lastBytes = 0;
@@ -62,7 +63,13 @@ export class ActiveRun implements AsyncDisposable {
     const share = this.#share ?? (planned === 0 ? null : Math.min(1, done / planned));
     const rest = planned - done;
     const etaSeconds = this.#rate > 0 && this.#stage === 'transfer' ? Math.max(0, rest / this.#rate) : null;
-    return { share, bytesPerSecond: Math.round(this.#rate), etaSeconds, disks: this.#disks };
+    return {
+      share,
+      bytesPerSecond: Math.round(this.#rate),
+      etaSeconds,
+      disks: this.#disks,
+      push: this.#push,
+    };
   }
 
   get stage(): RunStage | null {
@@ -92,6 +99,13 @@ export class ActiveRun implements AsyncDisposable {
   setShare(share: number): void {
     if (share !== this.#share) this.#touch();
     this.#share = share;
+  }
+
+  /** Stored at once: the agent waits for it. */
+  async setPush(push: PushView): Promise<void> {
+    this.#push = push;
+    this.#touch();
+    await this.#store();
   }
 
   async setPoint(pointId: PointId): Promise<void> {
@@ -177,7 +191,9 @@ export class ActiveRun implements AsyncDisposable {
   async #beat(): Promise<void> {
     this.#measureRate();
     const { runs } = this.context.settings;
-    if (this.context.clock.monotonicMs() - this.#progressAtMs > runs.failStalledAfterMs) {
+    // Of a push the agent's silence counts (push-agent.ts); one that lives and moves nothing is only shown as stalled.
+    const isPushed = this.#push !== null && this.#stage === 'transfer';
+    if (!isPushed && this.context.clock.monotonicMs() - this.#progressAtMs > runs.failStalledAfterMs) {
       this.abort(new AppError('NBD_STALLED', `no progress for ${runs.failStalledAfterMs} ms`));
     }
     try {

@@ -1,5 +1,5 @@
 import type { PointManifest, Repository } from '../../repository/index.js';
-import type { PointRow } from '../db/database.js';
+import type { PointRow, VmRow } from '../db/database.js';
 import { AppError } from '../lib/errors.js';
 import { newId, type PointId } from '../lib/id.js';
 import type { EngineContext } from './context.js';
@@ -65,11 +65,11 @@ async function requestBackup(context: EngineContext, input: BackupRequest, actor
   );
 }
 
-/** Both are there, and every disk that is named is one of the VM. */
-async function requireBackupOf(
+/** The VM, when both are there, and every disk that is named is one of the VM. */
+export async function requireBackupOf(
   context: EngineContext,
   input: Pick<BackupRequest, 'vmId' | 'repositoryId' | 'bitmaps'>,
-): Promise<void> {
+): Promise<VmRow> {
   const vm = await requireVm(context, input.vmId);
   if ((await context.db.repositories.get(input.repositoryId)) === null) {
     throw new AppError('NOT_FOUND', `there is no repository ${input.repositoryId}`);
@@ -80,6 +80,7 @@ async function requireBackupOf(
       details: { field: 'bitmaps', diskId },
     });
   }
+  return vm;
 }
 
 async function requestDelete(context: EngineContext, id: PointId, actor: Actor): Promise<RunView> {

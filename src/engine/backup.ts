@@ -1,31 +1,28 @@
-import { type Lease, type PointManifest, type Repository, type VmRecord } from '../../repository/index.js';
+import type { Lease, PointManifest, Repository } from '../../repository/index.js';
 import type { VmRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { CleanupStack } from '../lib/cleanup.js';
 import { AppError, toAppError } from '../lib/errors.js';
-import type { DiskId, PointId, VmId } from '../lib/id.js';
+import type { DiskId, PointId } from '../lib/id.js';
 import { formatBytes } from '../lib/units.js';
+import type { CopyTotals } from '../nbd/copy-windows.js';
 import { bitmapNameFor } from '../source/bitmap-name.js';
 import { parseVmSource } from '../source/disk-source.js';
-import { openSource } from '../source/open-source.js';
 import type { DiskFacts, MachineRecord, Source, SourceSnapshot, VmFacts } from '../source/source.js';
 import type { ActiveRun } from './active-run.js';
-import {
-  openCapture,
-  type CaptureContext,
-  type CaptureTotals,
-  type DiskCapture,
-  type DiskPlan,
-} from './capture-disk.js';
+import { announce, draftDisk, followDisk, holdVm, indexPoint, requireIds, vmRecord } from './backup-steps.js';
+import { openCapture, type CaptureContext, type DiskCapture, type DiskPlan } from './capture-disk.js';
 import { findOwnRecords, obsoleteRecords, type OwnRecords } from './change-records.js';
 import type { EngineContext } from './context.js';
 import { chooseDisks } from './disk-choice.js';
 import { cleanUpEarlierRuns } from './earlier-runs.js';
-import { refreshVm, sourceOptions } from './follow-machine.js';
+import { refreshVm } from './follow-machine.js';
+import { requireVm } from './machine-use-cases.js';
 import { planDisks, toSourceDisk, type BackupRunRequest } from './plan-backup.js';
 import { watchRepository } from './repository-watch.js';
-import type { DiskView, RunResult } from './types.js';
-import { toIndexRows, toVmView } from './views.js';
+import type { RunResult } from './types.js';
+import { toVmView } from './views.js';
+import { openVmSource } from './volume-source.js';
 
 /** What a backup run works with once it knows where it reads and writes. */
 interface Backup {
@@ -49,21 +46,14 @@ interface Backup {
  */
 export async function executeBackup(context: EngineContext, run: ActiveRun): Promise<RunResult> {
   const request = run.row.request as BackupRunRequest;
-  const { vmId, repositoryId, pointId } = run.row;
-  if (vmId === null || repositoryId === null || pointId === null) {
-    throw new AppError('INTERNAL', 'a backup run without VM, repository or point');
-  }
+  const { vmId, repositoryId, pointId } = requireIds(run);
   await run.enter('discover');
   const repository = await context.repositories.open(repositoryId);
-  const vm = await refreshVm(context, await loadVm(context, vmId), run.signal);
+  const vm = await refreshVm(context, await requireVm(context, vmId), run.signal);
   await repository.putVm(vmRecord(vm, []));
   await using cleanup = new CleanupStack();
-  const lease = cleanup.use(await repository.acquireVmLease(vmId, { runId: run.id, purpose: 'backup' }));
-  lease.lost.addEventListener('abort', () => {
-    run.abort(new AppError('LEASE_LOST', 'the lease of this VM was taken over'));
-  });
-  await removeLeftovers(run, repository, lease);
-  const source = openSource(parseVmSource(vm.source), sourceOptions(context, run.id));
+  const lease = await holdVm(run, repository, { vmId, cleanup });
+  const source = openVmSource(context, parseVmSource(vm.source), run.id);
   await cleanUpEarlierRuns(context, run, source);
   const points = await repository.listPoints(vmId);
   const own = await findOwnRecords(context, vmId, { records: recordsOf(vm), points });
@@ -100,14 +90,14 @@ interface Capturing {
 async function readSnapshot(
   backup: Backup,
   capturing: Capturing,
-): Promise<{ captures: DiskCapture[]; totals: Map<DiskId, CaptureTotals> }> {
+): Promise<{ captures: DiskCapture[]; totals: Map<DiskId, CopyTotals> }> {
   const { run, repository, lease } = backup;
   const { snapshot } = capturing;
   try {
     const captures = await openCaptures(backup, capturing);
     await measureAndReserve(run, repository, captures);
     await run.enter('transfer');
-    const totals = new Map<DiskId, CaptureTotals>();
+    const totals = new Map<DiskId, CopyTotals>();
     {
       await using _watch = watchRepository(run, repository, lease);
       for (const capture of captures) totals.set(capture.plan.disk.id, await transferDisk(run, capture));
@@ -120,44 +110,7 @@ async function readSnapshot(
   }
 }
 
-async function loadVm(context: EngineContext, vmId: VmId): Promise<VmRow> {
-  const row = await context.db.vms.get(vmId);
-  if (row === null) throw new AppError('NOT_FOUND', `there is no virtual machine ${vmId}`);
-  return row;
-}
-
 const recordsOf = (vm: VmRow): MachineRecord[] => (vm.facts as VmFacts | null)?.changeRecords ?? [];
-
-async function removeLeftovers(run: ActiveRun, repository: Repository, lease: Lease): Promise<void> {
-  const files = await repository.discardAbandoned(lease);
-  if (files.length === 0) return;
-  run.log('warning', {
-    code: 'LEFTOVERS_REMOVED',
-    message: `removed ${files.length} unfinished file(s) of earlier runs`,
-    details: { files },
-  });
-}
-
-/**
- * The repository keeps its own record of the VM, so that a rescan into an empty database finds it: first
- * with what the index knows, then with what the sources say.
- */
-function vmRecord(vm: VmRow, plans: DiskPlan[]): VmRecord {
-  return {
-    vmId: vm.id,
-    name: vm.name,
-    disks: vm.disks.map(({ id, number, name, sizeBytes, lineage }) => {
-      const probe = plans.find(({ disk }) => disk.id === id)?.probe;
-      return {
-        diskId: id,
-        number,
-        name,
-        sizeBytes: probe?.sizeBytes ?? sizeBytes,
-        sourceLineage: probe?.lineage ?? lineage,
-      };
-    }),
-  };
-}
 
 async function plan(backup: Backup, cleanup: CleanupStack): Promise<DiskPlan[]> {
   const { run, repository, points, source, request } = backup;
@@ -171,43 +124,9 @@ async function plan(backup: Backup, cleanup: CleanupStack): Promise<DiskPlan[]> 
   }
   const { signal } = run;
   const plans = await planDisks({ repository, points, source, disks: chosen, request, cleanup, signal });
-  run.setDisks(
-    plans.map(({ disk, decision }) => ({
-      diskId: disk.id,
-      totalBytes: 0,
-      bytesRead: 0,
-      bytesWritten: 0,
-      bytesZeroed: 0,
-      bytesSkipped: 0,
-      method: decision.method,
-      reason: decision.reason,
-    })),
-  );
-  for (const { disk, decision, probe } of plans) {
-    run.log('info', {
-      code: decision.reason.code,
-      message: `${disk.name}: ${decision.method}: ${decision.reason.sentence}`,
-      details: { diskId: disk.id, method: decision.method },
-    });
-    await followDisk(backup, disk, probe);
-  }
+  announce(run, plans);
+  for (const planned of plans) await followDisk(backup.context, run, planned);
   return plans;
-}
-
-/** The index follows what the source is now; the point keeps what it was. */
-async function followDisk(
-  { context, run }: Backup,
-  disk: DiskView,
-  { sizeBytes, lineage }: DiskPlan['probe'],
-): Promise<void> {
-  if (sizeBytes !== disk.sizeBytes) {
-    run.log('warning', {
-      code: 'SOURCE_SIZE_MISMATCH',
-      message: `${disk.name} has ${sizeBytes} bytes now and had ${disk.sizeBytes} before`,
-      details: { diskId: disk.id },
-    });
-  }
-  await run.insist(() => context.db.vms.updateDisk(disk.id, { sizeBytes, lineage }));
 }
 
 async function takeSnapshot(backup: Backup, plans: DiskPlan[]): Promise<SourceSnapshot> {
@@ -275,7 +194,7 @@ async function measureAndReserve(
   await repository.requireSpace(needed);
 }
 
-async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<CaptureTotals> {
+async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<CopyTotals> {
   const { disk, decision } = capture.plan;
   const totals = await capture.transfer(({ bytesRead, bytesWritten, bytesZeroed, bytesSkipped }) => {
     run.updateDisk(disk.id, { bytesRead, bytesWritten, bytesZeroed, bytesSkipped });
@@ -290,7 +209,7 @@ async function transferDisk(run: ActiveRun, capture: DiskCapture): Promise<Captu
 
 async function commit(
   backup: Backup,
-  parts: { snapshot: SourceSnapshot; captures: DiskCapture[]; totals: ReadonlyMap<DiskId, CaptureTotals> },
+  parts: { snapshot: SourceSnapshot; captures: DiskCapture[]; totals: ReadonlyMap<DiskId, CopyTotals> },
 ): Promise<PointManifest> {
   const { run, repository, vm, pointId } = backup;
   const { snapshot, captures, totals } = parts;
@@ -309,24 +228,7 @@ async function commit(
       disks: captures.map(({ plan, source, layer }) => {
         const copied = totals.get(plan.disk.id);
         if (copied === undefined) throw new AppError('INTERNAL', `disk ${plan.disk.id} was not copied`);
-        return {
-          diskId: plan.disk.id,
-          number: plan.disk.number,
-          name: plan.disk.name,
-          sizeBytes: plan.probe.sizeBytes,
-          sourceLineage: plan.probe.lineage,
-          layerId: layer.layerId,
-          parentLayerId: plan.decision.parent?.layerId ?? null,
-          parentPointId: plan.decision.parent?.pointId ?? null,
-          method: plan.decision.method,
-          reason: plan.decision.reason,
-          changeIdFrom: plan.decision.changeIdFrom,
-          changeIdTo: source.changeIdTo,
-          bytesRead: copied.bytesRead,
-          bytesWritten: copied.bytesWritten,
-          bytesZeroed: copied.bytesZeroed,
-          bytesSkipped: copied.bytesSkipped,
-        };
+        return draftDisk(plan, { layer, changeIdTo: source.changeIdTo, totals: copied });
       }),
     },
     captures.map(({ layer }) => layer),
@@ -340,20 +242,6 @@ async function commit(
       },
     },
   );
-}
-
-/** The manifest is the truth already: the index follows, however long the database is away. */
-async function indexPoint(context: EngineContext, run: ActiveRun, manifest: PointManifest): Promise<void> {
-  const rows = toIndexRows(manifest);
-  await run.insist(() => context.db.points.insert(rows.point, rows.layers));
-  run.log('info', {
-    code: 'POINT_COMMITTED',
-    message: `point ${manifest.pointId} (${manifest.type}) is complete`,
-    details: {
-      pointId: manifest.pointId,
-      sequence: manifest.sequence,
-    },
-  });
 }
 
 /** The point is there and indexed: only now do the records go that nothing counts from any more. */

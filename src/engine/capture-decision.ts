@@ -21,14 +21,19 @@ export interface DiskHead {
   ancestors: { pointId: PointId; changeIdTo: string }[];
 }
 
-export interface CaptureInput {
+/** What says whether the last point can be built upon. */
+export interface ParentInput {
   type: BackupType;
   diskName: string;
-  tracking: ChangeTracking;
-  probe: DiskProbe;
+  probe: Pick<DiskProbe, 'sizeBytes' | 'lineage'>;
   head: DiskHead | null;
   /** Why the head's chain cannot be built upon, when it cannot. */
   damage: string | null;
+}
+
+export interface CaptureInput extends ParentInput {
+  tracking: ChangeTracking;
+  probe: DiskProbe;
   stated: StatedBitmap | null;
 }
 
@@ -49,6 +54,17 @@ export interface CaptureDecision {
  * full is an error instead.
  */
 export function decideCapture(input: CaptureInput): CaptureDecision {
+  return decideUpon(input, (head) => {
+    if (input.stated !== null) return decideStated(input, head, input.stated);
+    if (input.tracking === 'compare') {
+      return compare(head, 'NO_CHANGE_RECORD', 'the disk is set to be compared with the last point');
+    }
+    return input.probe.recordKeeper === 'managed' ? decideManaged(input, head) : decideOffered(input, head);
+  });
+}
+
+/** A full where the last point cannot be built upon, whatever is known of the changes; else what `decide` says. */
+export function decideUpon(input: ParentInput, decide: (head: DiskHead) => CaptureDecision): CaptureDecision {
   const { head, probe, type } = input;
   if (type === 'full') return full('REQUESTED', 'a full backup was asked for');
   if (head === null) return fullUnlessInsisted(input, 'FIRST_POINT', 'there is no point to stand on yet');
@@ -69,11 +85,7 @@ export function decideCapture(input: CaptureInput): CaptureDecision {
       `the disk shrank from ${head.sizeBytes} to ${probe.sizeBytes} bytes`,
     );
   }
-  if (input.stated !== null) return decideStated(input, head, input.stated);
-  if (input.tracking === 'compare') {
-    return compare(head, 'NO_CHANGE_RECORD', 'the disk is set to be compared with the last point');
-  }
-  return input.probe.recordKeeper === 'managed' ? decideManaged(input, head) : decideOffered(input, head);
+  return decide(head);
 }
 
 /**
@@ -146,7 +158,11 @@ function decideOffered(input: CaptureInput, head: DiskHead): CaptureDecision {
   return compare(head, 'NO_CHANGE_RECORD', 'the source keeps no record of changes');
 }
 
-function fullUnlessInsisted(input: CaptureInput, code: CaptureReasonCode, sentence: string): CaptureDecision {
+export function fullUnlessInsisted(
+  input: ParentInput,
+  code: CaptureReasonCode,
+  sentence: string,
+): CaptureDecision {
   if (input.type !== 'incremental') return full(code, sentence);
   const errorCode =
     code === 'BITMAP_MISSING' || code === 'BITMAP_INCONSISTENT' ? code : 'INCREMENTAL_IMPOSSIBLE';
@@ -177,7 +193,7 @@ function compare(head: DiskHead, code: CaptureReasonCode, sentence: string): Cap
   };
 }
 
-function incremental(
+export function incremental(
   head: DiskHead,
   bitmap: string,
   since: { pointId: PointId; changeIdTo: string },

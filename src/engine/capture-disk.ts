@@ -6,12 +6,18 @@ import {
   type Repository,
 } from '../../repository/index.js';
 import { CleanupStack } from '../lib/cleanup.js';
-import { AppError } from '../lib/errors.js';
 import { newId, type LayerId, type RunId, type VmId } from '../lib/id.js';
-import { CLUSTER_BYTES, GIB, SECTOR_BYTES } from '../lib/units.js';
-import { markGrown, planWindow, type PlannedWindow } from '../nbd/capture-plan.js';
+import { CLUSTER_BYTES, GIB } from '../lib/units.js';
+import { captureWindow, markGrown, planWindow, type PlannedWindow } from '../nbd/capture-plan.js';
+import {
+  addTotals,
+  copyWindows,
+  NOTHING_COPIED,
+  requireSourceSize,
+  type CopyTotals,
+} from '../nbd/copy-windows.js';
 import { walkClusters, type ClusterMap } from '../nbd/extents.js';
-import { HASH_BYTES, openCopySession, type CopySession, type WindowResult } from '../nbd/index.js';
+import { HASH_BYTES, openCopySession, type CopySession, type CopyWindow } from '../nbd/index.js';
 import { startQemuNbd, type QemuNbd, type ServerPlace } from '../nbd/qemu-nbd.js';
 import type { DiskProbe, SnapshotDisk } from '../source/source.js';
 import type { CaptureDecision } from './capture-decision.js';
@@ -20,8 +26,6 @@ import type { DiskView } from './types.js';
 
 /** Stretch of the disk planned at once; bounds memory, not speed: several are in flight. */
 const WINDOW_BYTES = GIB;
-/** Windows submitted and not settled: enough that the pipeline never drains. */
-const WINDOWS_IN_FLIGHT = 3;
 
 export interface CaptureContext {
   repository: Repository;
@@ -44,13 +48,6 @@ export interface DiskPlan {
   newer: ComposedSums | null;
 }
 
-export interface CaptureTotals {
-  bytesRead: number;
-  bytesWritten: number;
-  bytesZeroed: number;
-  bytesSkipped: number;
-}
-
 export interface CaptureMeasure {
   /** Bytes that will be looked at: what the source does not know to be zero, or calls dirty. */
   totalBytes: number;
@@ -69,7 +66,7 @@ export interface DiskCapture extends AsyncDisposable {
   readonly layer: PartialLayer;
   /** Asks the source anew each time. */
   measure(): Promise<CaptureMeasure>;
-  transfer(onProgress: (totals: CaptureTotals) => void): Promise<CaptureTotals>;
+  transfer(onProgress: (totals: CopyTotals) => void): Promise<CopyTotals>;
   /** The layer was committed: disposal leaves it alone. */
   finish(): void;
 }
@@ -104,7 +101,7 @@ export async function openCapture(
     }),
   );
   const session = undo.use(await openSession(context, { plan, source, sink }));
-  requireSize(plan.probe.sizeBytes, session);
+  requireSourceSize(session, plan.probe.sizeBytes);
   const capture = new NbdCapture({ context, plan, source, session, sink, layer });
   undo.release();
   return capture;
@@ -130,17 +127,6 @@ async function openSession(
     },
     { signal, sinkRole: 'layer' },
   );
-}
-
-/** qemu-nbd shows a raw file of odd size with the last sector filled up; nothing else may differ. */
-function requireSize(sizeBytes: number, session: CopySession): void {
-  const found = session.sourceInfo?.sizeBytes;
-  if (found === undefined || found < sizeBytes || found >= sizeBytes + SECTOR_BYTES) {
-    throw new AppError(
-      'SOURCE_SIZE_MISMATCH',
-      `the source has ${found ?? 0} bytes where ${sizeBytes} were found before`,
-    );
-  }
 }
 
 class NbdCapture implements DiskCapture {
@@ -182,7 +168,7 @@ class NbdCapture implements DiskCapture {
     return { totalBytes, writeBytes: isKnown ? copyBytes : null };
   }
 
-  async transfer(onProgress: (totals: CaptureTotals) => void): Promise<CaptureTotals> {
+  async transfer(onProgress: (totals: CopyTotals) => void): Promise<CopyTotals> {
     const { session, sink } = this.#parts;
     const ticker = setInterval(() => {
       onProgress(session.progress());
@@ -211,38 +197,20 @@ class NbdCapture implements DiskCapture {
     undo.use(session);
   }
 
-  async #copyAll(): Promise<CaptureTotals> {
-    const totals: CaptureTotals = { bytesRead: 0, bytesWritten: 0, bytesZeroed: 0, bytesSkipped: 0 };
-    const waiting: Promise<WindowResult>[] = [];
-    const settle = async (): Promise<void> => {
-      const result = await waiting.shift();
-      if (result === undefined) return;
+  async #copyAll(): Promise<CopyTotals> {
+    let totals = NOTHING_COPIED;
+    await copyWindows(this.#parts.session, this.#windows(), async (result) => {
       await this.layer.sums.append(result.entries);
-      for (const key of ['bytesRead', 'bytesWritten', 'bytesZeroed', 'bytesSkipped'] as const) {
-        totals[key] += result[key];
-      }
-    };
-    for await (const map of this.#walk()) {
-      const planned = await this.#plannedWith(map);
-      if (planned.rows.length === 0) continue;
-      const submitted = this.#submit(planned);
-      // Handled when its turn comes; until then a failure must not count as unhandled.
-      submitted.catch(() => undefined);
-      waiting.push(submitted);
-      if (waiting.length >= WINDOWS_IN_FLIGHT) await settle();
-    }
-    while (waiting.length > 0) await settle();
+      totals = addTotals(totals, result);
+    });
     return totals;
   }
 
-  #submit(planned: PlannedWindow): Promise<WindowResult> {
-    const { method } = this.plan.decision;
-    return this.#parts.session.submit({
-      rows: planned.rows,
-      zeroPolicy: method === 'full' ? 'skip' : 'write',
-      emitEntries: true,
-      ...(planned.expect === undefined ? {} : { expectPolicy: 'compare', expect: planned.expect }),
-    });
+  async *#windows(): AsyncGenerator<CopyWindow> {
+    for await (const map of this.#walk()) {
+      const planned = await this.#plannedWith(map);
+      if (planned.rows.length > 0) yield captureWindow(this.plan.decision.method, planned);
+    }
   }
 
   async *#walk(): AsyncGenerator<ClusterMap> {

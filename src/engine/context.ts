@@ -4,6 +4,7 @@ import type { Logger } from '../lib/log.js';
 import type { ChildRegistry } from '../lib/process.js';
 import type { Database } from '../db/database.js';
 import type { SourceSettings } from '../source/source-settings.js';
+import type { VolumeProvider } from '../volume/index.js';
 import type { RepositoryPool } from './repository-pool.js';
 import type { RunQueue } from './run-queue.js';
 
@@ -27,6 +28,19 @@ export interface EngineSettings {
     requestsInFlight: number;
   };
   snapshot: SourceSettings['snapshot'];
+  exports: {
+    directory: string;
+    pidFile: string;
+    statusFile: string;
+    identitiesDirectory: string | null;
+    overlayDirectory: string;
+    advertisedHost: string | null;
+    ownPortsFrom: number;
+    ownPorts: number;
+    publishTimeoutMs: number;
+    defaultTtlSeconds: number;
+  };
+  push: { silenceMs: number };
 }
 
 /** What every use case works with; built once in the composition root. */
@@ -46,4 +60,5 @@ export interface EngineContext {
   /** Sockets of the private servers of this process; removed with it, or by the next start. */
   readonly socketDirectory: string;
   readonly registry: ChildRegistry;
+  readonly volumeProvider: VolumeProvider;
 }

@@ -3,12 +3,16 @@ import { errnoOf, isErrorCode, toAppError } from '../lib/errors.js';
 import { runTool } from '../lib/process.js';
 import type { EngineContext } from './context.js';
 import type { Engine } from './engine.js';
+import { lookAtDaemon } from './export-serving.js';
 import type { ComponentHealth, DoctorFinding } from './types.js';
 
 type HealthUseCases = Pick<Engine, 'health' | 'doctor'>;
 
 const PING_TIMEOUT_MS = 2_000;
 const TOOL_TIMEOUT_MS = 10_000;
+const ONE_DIRECTORY = 'Give exports.directory and the exportsDirectory of holdfast-exportd the same value.';
+const READABLE_STATUS =
+  'Name the pid and status file of holdfast-exportd in exports.pidFile and exports.statusFile, readable by holdfastd.';
 
 interface ToolNeed {
   tool: string;
@@ -23,6 +27,13 @@ const TOOLS: readonly ToolNeed[] = [
   { tool: 'setpriv', package: 'util-linux', isRequired: true, versionArgs: ['--version'] },
   { tool: 'blkid', package: 'util-linux', isRequired: false, versionArgs: ['--version'] },
   { tool: 'blockdev', package: 'util-linux', isRequired: false, versionArgs: ['--version'] },
+  { tool: 'lsblk', package: 'util-linux', isRequired: false, versionArgs: ['--version'] },
+  {
+    tool: 'qemu-storage-daemon',
+    package: 'qemu-system-common',
+    isRequired: false,
+    versionArgs: ['--version'],
+  },
   { tool: 'virsh', package: 'libvirt-clients', isRequired: false, versionArgs: ['--version'] },
   { tool: 'ssh', package: 'openssh-client', isRequired: false, versionArgs: ['-V'] },
 ];
@@ -40,7 +51,7 @@ export function createHealthUseCases(context: EngineContext): HealthUseCases {
         found: message,
         remedy: isHealthy ? null : `See the state of the ${name} and the log of holdfastd.`,
       }));
-      return [...tools, await lookAtKvm(), ...components];
+      return [...tools, await lookAtKvm(), await lookAtExportDaemon(context), ...components];
     },
   };
 }
@@ -104,5 +115,22 @@ async function lookAtKvm(): Promise<DoctorFinding> {
       found: errnoOf(error) ?? 'unknown',
       remedy: 'Not needed for backup and restore.',
     };
+  }
+}
+
+/** Needed only by who publishes, or has backups pushed. */
+async function lookAtExportDaemon(context: EngineContext): Promise<DoctorFinding> {
+  const facts = { name: 'export daemon', isRequired: false };
+  try {
+    const { status, problem } = await lookAtDaemon(context);
+    if (problem !== null) {
+      const remedy = 'exportsDirectory' in problem.details ? ONE_DIRECTORY : problem.remedy;
+      return { ...facts, isOk: false, found: problem.message, remedy };
+    }
+    const files = status?.files ?? [];
+    const served = files.filter(({ state }) => state === 'served');
+    return { ...facts, isOk: true, found: `serves ${served.length} of ${files.length} files`, remedy: null };
+  } catch (error) {
+    return { ...facts, isOk: false, found: toAppError(error).message, remedy: READABLE_STATUS };
   }
 }

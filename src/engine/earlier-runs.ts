@@ -1,5 +1,6 @@
 import type { Source } from '../source/source.js';
 import type { ActiveRun } from './active-run.js';
+import { isPush } from './backup-steps.js';
 import type { EngineContext } from './context.js';
 
 /** More than this many failed in a row are not looked at. */
@@ -17,7 +18,10 @@ export async function cleanUpEarlierRuns(
   const { vmId } = run.row;
   if (vmId === null) return;
   const latest = await context.db.runs.list({ kind: 'backup', vmId }, { limit: MAX_LOOKED_AT, cursor: null });
-  for (const { id, state, pointId, startedAt } of latest.rows) {
+  for (const row of latest.rows) {
+    // It had nothing to do with the hypervisor.
+    if (isPush(row)) continue;
+    const { id, state, pointId, startedAt } = row;
     // It had cleaned up what was before it.
     if (state === 'completed') return;
     const isOver = id === run.id ? run.row.attempt > 1 : state !== 'running' && startedAt !== null;

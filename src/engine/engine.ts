@@ -1,4 +1,15 @@
-import type { DiskId, PointId, RepositoryId, RunId, TokenId, VmId } from '../lib/id.js';
+import type { Consistency } from '../lib/consistency.js';
+import type { ExportIdentity } from '../exports/index.js';
+import type {
+  DiskId,
+  ExportId,
+  PointId,
+  RepositoryId,
+  RunId,
+  TokenId,
+  VmId,
+  VolumeId,
+} from '../lib/id.js';
 import type { HashAlgorithm } from '../nbd/index.js';
 import type { DiscoveryPlace } from '../source/open-source.js';
 import type { ConsistencyWish, DiskSource } from '../source/source.js';
@@ -13,8 +24,13 @@ import type {
   DiskChoice,
   DiskView,
   DoctorFinding,
+  ExportDaemonView,
+  ExportView,
+  FoundDeviceView,
+  OperationView,
   Page,
   PageRequest,
+  PushDiskView,
   RepositoryView,
   RestoreDisk,
   RunError,
@@ -24,6 +40,7 @@ import type {
   RunView,
   TokenView,
   VmView,
+  VolumeView,
 } from './types.js';
 
 /** Who asks, for the audit log. */
@@ -83,6 +100,63 @@ export interface RestoreRequest {
   overwrite: boolean;
   /** Write what is there although hashes disagree; the damage is counted in the result. */
   acceptDamage: boolean;
+}
+
+/** The disks a remote agent pushes in. */
+export interface PushRequest {
+  vmId: VmId;
+  repositoryId: RepositoryId;
+  type: BackupType;
+  /** What the agent promises of the instant it reads. */
+  consistency: Consistency;
+  /** Whom the exports are for; null: everybody who reaches the export daemon. */
+  identity: ExportIdentity | null;
+  /** Id or name of each disk; empty: all that are recorded. */
+  disks: { disk: string; sizeBytes: number | null; lineage: string | null; changeIds: string[] | null }[];
+  whenBusy: 'refuse' | 'queue';
+}
+
+/** Bytes of one disk so far, as the agent counts them. */
+export interface PushReport {
+  diskId: DiskId;
+  totalBytes: number;
+  bytesRead: number;
+  bytesWritten: number;
+  bytesZeroed: number;
+  bytesSkipped: number;
+}
+
+export interface PushCompletion extends Omit<PushReport, 'diskId' | 'totalBytes'> {
+  /** What a later push counts from. */
+  changeId: string;
+  /**
+   * SHA-256, in hexadecimal, over the sums entries of what the agent wrote (see repository/FORMAT.md, sums), when it
+   * made them; the layer is read back and must give the same.
+   */
+  sumsDigest: string | null;
+}
+
+/** Exactly one of point and volume. */
+export interface ExportRequest {
+  pointId: PointId | null;
+  /** Id or name of a disk of the point; null when it has one only. */
+  disk: string | null;
+  volumeId: VolumeId | null;
+  /** False: a point is written to through a throw-away overlay, a volume itself. */
+  isReadOnly: boolean;
+  /** Absolute, a new file: where the overlay of a writable point lies. Null: in exports.overlayDirectory. */
+  overlayPath: string | null;
+  /** Null: the default; 0: until it is removed. */
+  ttlSeconds: number | null;
+  identity: ExportIdentity | null;
+}
+
+export interface NewVolume {
+  /** Null: made of the device's name. */
+  name: string | null;
+  /** One of the identities of a device that is here now, or the path of one. */
+  identity: string | null;
+  devicePath: string | null;
 }
 
 export interface RunFilter {
@@ -147,6 +221,54 @@ export interface Engine {
   requestRestore(input: RestoreRequest, actor: Actor): Promise<RunView>;
   /** The whole machine: its disks, then its definition. */
   requestMachineRestore(input: MachineRestoreRequest, actor: Actor): Promise<RunView>;
+
+  /**
+   * Begins a pushed backup. Answers when the exports are there (`progress.push`), or the run has ended, or
+   * after a minute: then the run shows them later.
+   */
+  requestPush(input: PushRequest, actor: Actor, signal: AbortSignal): Promise<RunView>;
+  /** RUN_NOT_ACTIVE when the backup has ended; its answer tells the agent whether to go on. */
+  reportPush(id: PointId, reports: PushReport[]): Promise<RunView>;
+  /**
+   * The agent has written and flushed a disk. The same again answers the same; another completion of a
+   * completed disk is a CONFLICT, a disk that is not part of the backup NOT_FOUND.
+   */
+  completePushDisk(id: PointId, diskId: DiskId, completion: PushCompletion): Promise<PushDiskView>;
+
+  /**
+   * Publishes a disk and answers when it can be read. CONFLICT, with `details.exportId`, when the same is
+   * published already.
+   */
+  createExport(input: ExportRequest, actor: Actor): Promise<ExportView>;
+  listExports(
+    filter: { pointId?: PointId | undefined; volumeId?: VolumeId | undefined },
+    page: PageRequest,
+  ): Promise<Page<ExportView>>;
+  getExport(id: ExportId): Promise<ExportView>;
+  /** Clients are cut off. The overlay goes too, unless it was materialized: that image belongs to the user. */
+  removeExport(id: ExportId, actor: Actor): Promise<void>;
+  /** A run that turns the overlay into an image that stands alone, while it is in use. */
+  materializeExport(id: ExportId, actor: Actor): Promise<OperationView>;
+  getExportDaemon(): Promise<ExportDaemonView>;
+  /** The key is answered here once; the export daemon's file is the only place it is kept in. */
+  createExportIdentity(user: string, actor: Actor): Promise<{ user: string; key: string }>;
+  listExportIdentities(): Promise<{ user: string }[]>;
+  /** CONFLICT while an export is for it. */
+  removeExportIdentity(user: string, actor: Actor): Promise<void>;
+
+  /** Block devices of this host as they are now. */
+  discoverVolumes(): Promise<FoundDeviceView[]>;
+  createVolume(input: NewVolume, actor: Actor): Promise<VolumeView>;
+  listVolumes(page: PageRequest): Promise<Page<VolumeView>>;
+  getVolume(id: VolumeId): Promise<VolumeView>;
+  /** The device, checked just now to be the volume: VOLUME_GONE, VOLUME_MISMATCH otherwise. */
+  getVolumeDevice(id: VolumeId): Promise<{ devicePath: string; deviceNumber: string; sizeBytes: number }>;
+  attachVolume(id: VolumeId, actor: Actor): Promise<OperationView>;
+  /** Fails with VOLUME_IN_USE while an export or a run uses it. */
+  detachVolume(id: VolumeId, actor: Actor): Promise<OperationView>;
+  /** CONFLICT while it is attached or used by a disk. */
+  removeVolume(id: VolumeId, actor: Actor): Promise<void>;
+  getOperation(id: RunId): Promise<OperationView>;
 
   listRuns(filter: RunFilter, page: PageRequest): Promise<Page<RunView>>;
   getRun(id: RunId): Promise<RunView>;

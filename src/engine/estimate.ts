@@ -1,14 +1,14 @@
 import { CleanupStack } from '../lib/cleanup.js';
 import { parseVmSource } from '../source/disk-source.js';
-import { openSource } from '../source/open-source.js';
 import type { EngineContext } from './context.js';
 import { chooseDisks } from './disk-choice.js';
 import type { Engine } from './engine.js';
-import { refreshVm, sourceOptions } from './follow-machine.js';
+import { refreshVm } from './follow-machine.js';
 import { requireVm } from './machine-use-cases.js';
 import { planDisks, toSourceDisk } from './plan-backup.js';
 import type { BackupEstimate, DiskEstimate } from './types.js';
 import { toVmView } from './views.js';
+import { openVmSource } from './volume-source.js';
 
 const ESTIMATE_TIMEOUT_MS = 120_000;
 
@@ -22,7 +22,7 @@ export async function estimateBackup(
   const repository = await context.repositories.open(input.repositoryId);
   const known = await repository.listVmIds();
   const points = known.includes(vm.id) ? await repository.listPoints(vm.id) : [];
-  const source = openSource(parseVmSource(vm.source), sourceOptions(context, 'estimate'));
+  const source = openVmSource(context, parseVmSource(vm.source), 'estimate');
   const { chosen, leftOut } = chooseDisks(toVmView(vm), input.disks);
   await using cleanup = new CleanupStack();
   const plans = await planDisks({

@@ -4,20 +4,27 @@ import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
 import type { RunId } from '../lib/id.js';
 import { ActiveRun } from './active-run.js';
 import { executeBackup } from './backup.js';
+import { isPush } from './backup-steps.js';
 import type { EngineContext } from './context.js';
 import { executeCheck, executeDelete, executeRescan } from './maintenance.js';
+import { executeMaterialize } from './materialize.js';
+import { executePush } from './push.js';
 import { executeRestore } from './restore.js';
-import type { RunExecutor } from './run-queue.js';
-import type { RunKind, RunResult } from './types.js';
+import { laneOf, type RunExecutor } from './run-queue.js';
+import type { RunKind, RunRequest, RunResult } from './types.js';
 import type { SourceLeftovers } from './source-leftovers.js';
 import { toRunError } from './views.js';
+import { executeAttachVolume, executeDetachVolume } from './volume-runs.js';
 
 const EXECUTORS: Record<RunKind, (context: EngineContext, run: ActiveRun) => Promise<RunResult>> = {
-  backup: executeBackup,
+  backup: (context, run) => (isPush(run.row) ? executePush : executeBackup)(context, run),
   restore: executeRestore,
   check: executeCheck,
   rescan: executeRescan,
   delete: executeDelete,
+  materialize: executeMaterialize,
+  'attach-volume': executeAttachVolume,
+  'detach-volume': executeDetachVolume,
 };
 
 /** The runs under way in this process. */
@@ -114,6 +121,8 @@ async function retry(context: EngineContext, run: ActiveRun, reason: AppError): 
   const { attempts, backoffMs } = context.settings.runs;
   const { attempt } = run.row;
   if (!reason.retryable || attempt >= attempts) return false;
+  // An agent works with exports that are gone now: it starts again by itself.
+  if (run.progress.push !== null) return false;
   const delayMs = backoffMs * 2 ** (attempt - 1);
   run.log('warning', {
     code: reason.code,
@@ -126,7 +135,12 @@ async function retry(context: EngineContext, run: ActiveRun, reason: AppError): 
   if (!(await run.requeue())) return false;
   try {
     await context.queue.add(
-      { runId: run.id, kind: run.row.kind as RunKind, attempt: attempt + 1 },
+      {
+        runId: run.id,
+        kind: run.row.kind as RunKind,
+        lane: laneOf(run.row.request as RunRequest),
+        attempt: attempt + 1,
+      },
       { delayMs },
     );
   } catch (error) {

@@ -6,6 +6,7 @@ import type { PointId, RunId, VmId } from '../lib/id.js';
 import type { VmRow } from '../db/database.js';
 import type { ActiveRun } from './active-run.js';
 import type { EngineContext } from './context.js';
+import { isPinning } from './export-record.js';
 import type { RunRequest, RunResult } from './types.js';
 import { toIndexRows } from './views.js';
 
@@ -127,6 +128,7 @@ async function deletePoint(
   }
 }
 
+/** POINT_IN_USE while another run works with the point, or an export needs its layers. */
 export async function requireUnused(
   context: EngineContext,
   self: RunId | null,
@@ -136,6 +138,12 @@ export async function requireUnused(
   if (users.length > 0) {
     throw new AppError('POINT_IN_USE', `the point is used by ${users.length} active run(s)`, {
       details: { runIds: users },
+    });
+  }
+  const exports = (await context.db.exports.listAll({ pointId })).filter(isPinning);
+  if (exports.length > 0) {
+    throw new AppError('POINT_IN_USE', `the point is published by ${exports.length} export(s)`, {
+      details: { exportIds: exports.map(({ id }) => id) },
     });
   }
 }

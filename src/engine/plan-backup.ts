@@ -1,6 +1,7 @@
 import type { PointManifest, Repository } from '../../repository/index.js';
 import type { CleanupStack } from '../lib/cleanup.js';
 import { AppError } from '../lib/errors.js';
+import { trackingOf } from '../source/disk-source.js';
 import type { DiskProbe, Source, SourceDisk } from '../source/source.js';
 import { decideCapture, findHead } from './capture-decision.js';
 import type { DiskPlan } from './capture-disk.js';
@@ -37,7 +38,7 @@ async function planDisk(input: PlanInput, disk: DiskView, probe: DiskProbe): Pro
   const { repository, points, request } = input;
   const head = findHead(points, disk.id);
   const stated = request.bitmaps.find(({ diskId }) => diskId === disk.id) ?? null;
-  const tracking = disk.source?.changeTracking ?? 'auto';
+  const tracking = disk.source === null ? 'auto' : trackingOf(disk.source);
   const { decision, known, newer } = await decideOverChain({
     repository,
     head: points.find(({ pointId }) => pointId === head?.pointId),

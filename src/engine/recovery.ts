@@ -3,13 +3,18 @@ import type { RunRow } from '../db/database.js';
 import { toTimestamp } from '../lib/clock.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
 import type { PointId, RunId, VmId } from '../lib/id.js';
+import { isPush } from './backup-steps.js';
 import type { EngineContext } from './context.js';
 import type { ActiveRuns } from './execute-run.js';
+import { unpublishRun } from './export-publisher.js';
 import type { RestoreRunRequest } from './restore.js';
+import { recoverMaterialize } from './materialize.js';
 import { removeRestoreLeftovers } from './restore-leftovers.js';
 import type { SourceLeftovers } from './source-leftovers.js';
-import type { RunKind, RunResult } from './types.js';
+import { laneOf } from './run-queue.js';
+import type { RunKind, RunRequest, RunResult } from './types.js';
 import { toIndexRows, toRunError } from './views.js';
+import { recoverVolumeRun } from './volume-runs.js';
 
 /**
  * Ends what a crash left behind. A run whose manifest is there did complete, only its index entry and
@@ -71,7 +76,7 @@ async function recoverRuns(
     try {
       await recoverRun(context, row);
       // A hypervisor that cannot be asked does not keep the run from its end.
-      if (row.kind === 'backup') await leftovers.remove(row);
+      if (row.kind === 'backup' && !isPush(row)) await leftovers.remove(row);
     } catch (error) {
       context.logger.warn({ err: error, runId: row.id }, 'an abandoned run could not be cleaned up yet');
       if (
@@ -80,6 +85,7 @@ async function recoverRuns(
           'REPOSITORY_OFFLINE',
           'REPOSITORY_IO',
           'REPOSITORY_LOCKED',
+          'EXPORT_DAEMON_UNAVAILABLE',
           'DATABASE_UNAVAILABLE',
         )
       ) {
@@ -92,7 +98,12 @@ async function recoverRuns(
 /** Queued rows without a job (Redis lost them, or was away) get one; adding an existing job is harmless. */
 export async function requeueWaiting(context: EngineContext): Promise<void> {
   for (const row of await context.db.runs.listQueued()) {
-    await context.queue.add({ runId: row.id, kind: row.kind as RunKind, attempt: row.attempt });
+    await context.queue.add({
+      runId: row.id,
+      kind: row.kind as RunKind,
+      lane: laneOf(row.request as RunRequest),
+      attempt: row.attempt,
+    });
   }
 }
 
@@ -116,6 +127,11 @@ async function cleanUp(context: EngineContext, row: RunRow): Promise<RunResult |
     case 'restore':
       await removeRestoreLeftovers(context, row.id, row.request as RestoreRunRequest);
       return null;
+    case 'materialize':
+      return recoverMaterialize(context, row);
+    case 'attach-volume':
+    case 'detach-volume':
+      return recoverVolumeRun(context, row);
     case 'check':
     case 'rescan':
       return null;
@@ -125,6 +141,8 @@ async function cleanUp(context: EngineContext, row: RunRow): Promise<RunResult |
 async function recoverBackup(context: EngineContext, row: RunRow): Promise<RunResult | null> {
   const { repositoryId, vmId, pointId } = row;
   if (repositoryId === null || vmId === null || pointId === null) return null;
+  // Before the files it is written through are removed: an agent may still be at it.
+  if (isPush(row)) await unpublishRun(context, row.id);
   const repository = await context.repositories.open(repositoryId);
   await using lease = await takeLease(repository, vmId, row.id);
   // The VM is recorded before anything of it is written.

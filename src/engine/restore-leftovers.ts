@@ -6,7 +6,7 @@ import type { RunId } from '../lib/id.js';
 import { partialPath } from '../target/file-target.js';
 import type { TargetSpec } from '../target/target.js';
 import type { EngineContext } from './context.js';
-import type { RunRequest } from './types.js';
+import type { RestoreTargetSpec, RunRequest } from './types.js';
 
 const recordSchema = z.strictObject({ partialFiles: z.array(z.string()) });
 
@@ -50,7 +50,7 @@ export async function removeRestoreLeftovers(
   await rm(file, { force: true });
 }
 
-function partialFilesOf(runId: RunId, targets: readonly TargetSpec[]): string[] {
+function partialFilesOf(runId: RunId, targets: readonly RestoreTargetSpec[]): string[] {
   return targets.flatMap((target) => (target.kind === 'file' ? [partialPath(target.path, runId)] : []));
 }
 

@@ -7,7 +7,7 @@ import { requirePoint } from './backup-use-cases.js';
 import type { EngineContext } from './context.js';
 import type { Actor, Engine } from './engine.js';
 import { startRun } from './run-use-cases.js';
-import type { RunRequest, RunView } from './types.js';
+import type { RestoreDisk, RunRequest, RunView } from './types.js';
 
 type RestoreUseCases = Pick<Engine, 'requestRestore' | 'requestMachineRestore'>;
 
@@ -54,14 +54,13 @@ function requireMachine(machine: MachineTargetSpec): void {
 const MACHINE_NAME = /^(?!\s*$)[^/\u0000-\u001f\u007f]{1,128}$/;
 
 /** Two disks written to one target would destroy each other. */
-function requireDistinctTargets(disks: { diskId: string; target: { kind: string } }[]): void {
+function requireDistinctTargets(disks: readonly RestoreDisk[]): void {
   if (disks.length === 0) {
     throw new AppError('INVALID_INPUT', 'no disk to restore was named', { details: { field: 'disks' } });
   }
   const seen = new Set<string>();
   for (const { diskId, target } of disks) {
-    const place =
-      'path' in target ? `path:${String(target.path)}` : `uri:${'uri' in target ? String(target.uri) : ''}`;
+    const place = placeOf(target);
     for (const key of [`disk:${diskId}`, place]) {
       if (seen.has(key)) {
         throw new AppError('INVALID_INPUT', 'a disk or a target is named twice', {
@@ -70,5 +69,16 @@ function requireDistinctTargets(disks: { diskId: string; target: { kind: string 
       }
       seen.add(key);
     }
+  }
+}
+
+function placeOf(target: RestoreDisk['target']): string {
+  switch (target.kind) {
+    case 'nbd':
+      return `uri:${target.uri}`;
+    case 'volume':
+      return `volume:${target.volumeId}`;
+    default:
+      return `path:${target.path}`;
   }
 }

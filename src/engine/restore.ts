@@ -4,11 +4,12 @@ import { AppError } from '../lib/errors.js';
 import type { DiskId } from '../lib/id.js';
 import { formatBytes, KIB } from '../lib/units.js';
 import { openTarget } from '../target/open-target.js';
-import type { OpenTarget, Target, TargetOpenOptions } from '../target/target.js';
+import type { OpenTarget, Target, TargetOpenOptions, TargetSpec } from '../target/target.js';
 import type { ActiveRun } from './active-run.js';
 import type { EngineContext } from './context.js';
 import { forbiddenTargets, prepareMachine, type MachineRestore } from './restore-machine.js';
 import type { RestoreDisk, RunDiskProgress, RunRequest, RunResult } from './types.js';
+import { followRestored, resolveTarget } from './volume-target.js';
 
 export type RestoreRunRequest = Extract<RunRequest, { kind: 'restore' }>;
 type RestoredDisk = Extract<RunResult, { kind: 'restore' }>['disks'][number];
@@ -18,6 +19,8 @@ const FILE_REQUEST_BYTES = 256 * KIB;
 
 interface DiskRestore {
   wanted: RestoreDisk;
+  /** Where that is now. */
+  spec: TargetSpec;
   entry: PointManifest['disks'][number];
   target: Target;
   options: TargetOpenOptions;
@@ -41,7 +44,7 @@ export async function executeRestore(context: EngineContext, run: ActiveRun): Pr
   await using cleanup = new CleanupStack();
   const machine = await prepareMachine({ context, run, repository, point });
   if (machine !== null) cleanup.use(machine);
-  const restores = await prepare({ context, run, point, request, machine });
+  const restores = await prepare({ context, run, point, request, machine, cleanup });
   run.setDisks(restores.map(({ entry }) => nothingDone(entry.diskId)));
   await run.enter('transfer');
   const disks: RestoredDisk[] = [];
@@ -49,7 +52,8 @@ export async function executeRestore(context: EngineContext, run: ActiveRun): Pr
     const target = cleanup.use(await restore.target.open(restore.options));
     disks.push(await copyDisk({ context, run, repository, point, restore, target, request }));
     if (machine === null) await target.complete();
-    else machine.add(restore.wanted.target, target);
+    else machine.add(restore.spec, target);
+    await followRestored({ context, run }, restore.wanted.target);
   }
   await run.enter('finalize');
   return { kind: 'restore', disks, machine: (await machine?.finish()) ?? null };
@@ -86,29 +90,28 @@ async function prepare(parts: {
   point: PointManifest;
   request: RestoreRunRequest;
   machine: MachineRestore | null;
+  cleanup: CleanupStack;
 }): Promise<DiskRestore[]> {
   const { context, run, point, request, machine } = parts;
   const forbiddenDirectories = await forbiddenTargets(context);
   const overwrite = machine?.isInPlace ?? request.overwrite;
-  const restores = (machine?.disks ?? request.disks).map((wanted): DiskRestore => {
+  const restores: DiskRestore[] = [];
+  for (const wanted of machine?.disks ?? request.disks) {
     const entry = point.disks.find(({ diskId }) => diskId === wanted.diskId);
     if (entry === undefined) {
       throw new AppError('INVALID_INPUT', `point ${point.pointId} has no disk ${wanted.diskId}`, {
         details: { field: 'disks', diskId: wanted.diskId },
       });
     }
-    const target = openTarget(wanted.target, {
+    const spec = await resolveTarget(parts, wanted.target);
+    const target = openTarget(spec, {
       place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
       limits: context.settings.nbd,
       forbiddenDirectories,
     });
-    return {
-      wanted,
-      entry,
-      target,
-      options: { sizeBytes: entry.sizeBytes, overwrite, signal: run.signal },
-    };
-  });
+    const options = { sizeBytes: entry.sizeBytes, overwrite, signal: run.signal };
+    restores.push({ wanted, spec, entry, target, options });
+  }
   for (const { target, options } of restores) await target.check(options);
   await requireApart(restores);
   return restores;

@@ -7,6 +7,7 @@ import { audit } from './audit.js';
 import type { EngineContext } from './context.js';
 import type { Actor, Engine } from './engine.js';
 import type { ActiveRuns } from './execute-run.js';
+import { laneOf } from './run-queue.js';
 import { ENDED_STATES, type RunEvent, type RunKind, type RunRequest, type RunView } from './types.js';
 import { toRunView } from './views.js';
 
@@ -16,7 +17,7 @@ const WATCH_INTERVAL_MS = 500;
 
 export interface NewRun {
   kind: RunKind;
-  repositoryId: RepositoryId;
+  repositoryId: RepositoryId | null;
   vmId: VmId | null;
   pointId: PointId | null;
   request: RunRequest;
@@ -54,7 +55,12 @@ export async function startRun(context: EngineContext, run: NewRun, actor: Actor
     details: { request: run.request },
   });
   try {
-    await context.queue.add({ runId: row.id, kind: run.kind, attempt: row.attempt });
+    await context.queue.add({
+      runId: row.id,
+      kind: run.kind,
+      lane: laneOf(run.request),
+      attempt: row.attempt,
+    });
   } catch (error) {
     if (!isErrorCode(error, 'QUEUE_UNAVAILABLE')) throw error;
     context.logger.warn({ err: error, runId: row.id }, 'the queue is away, the run waits in the database');

@@ -1,24 +1,21 @@
+import type { CaptureMethod, CaptureReason, Capacity, Consistency } from '../../repository/index.js';
+import type { ExportIdentity, ExportStatus } from '../exports/index.js';
 import type {
-  CaptureMethod,
-  CaptureReason,
-  Capacity,
-  Consistency,
-  CheckReport,
-} from '../../repository/index.js';
-import type { ErrorCode } from '../lib/errors.js';
-import type { DiskId, LayerId, PointId, RepositoryId, RunId, TokenId, VmId } from '../lib/id.js';
+  DiskId,
+  ExportId,
+  LayerId,
+  PointId,
+  RepositoryId,
+  RunId,
+  TokenId,
+  VmId,
+  VolumeId,
+} from '../lib/id.js';
 import type { HashAlgorithm } from '../nbd/index.js';
-import type {
-  ConsistencyWish,
-  DiskFacts,
-  DiskSource,
-  MachineRecord,
-  SkipCode,
-  VmSource,
-  VmState,
-} from '../source/source.js';
-import type { MachineTargetSpec, RestoredMachine } from '../target/machine-target.js';
-import type { TargetSpec } from '../target/target.js';
+import type { DiskFacts, DiskSource, MachineRecord, SkipCode, VmSource, VmState } from '../source/source.js';
+import type { RunError, RunState, RunResult } from './run-types.js';
+
+export * from './run-types.js';
 
 /** One page of a list; `nextCursor` is null on the last. Cursors are opaque. */
 export interface Page<T> {
@@ -77,107 +74,6 @@ export interface MachineView {
   changeRecords: MachineRecord[];
 }
 
-export type RunKind = 'backup' | 'restore' | 'check' | 'rescan' | 'delete';
-export type RunState = 'queued' | 'running' | 'completed' | 'failed' | 'cancelled' | 'interrupted';
-export type RunStage = 'discover' | 'snapshot' | 'transfer' | 'finalize' | 'verify';
-export const ENDED_STATES: readonly RunState[] = ['completed', 'failed', 'cancelled', 'interrupted'];
-
-/** The machine-readable reason a run ended badly, with the fix. */
-export interface RunError {
-  code: ErrorCode;
-  message: string;
-  remedy: string;
-  details: Record<string, unknown>;
-}
-
-export interface RunDiskProgress {
-  diskId: DiskId;
-  /** Bytes of the plan: what has to be looked at. Grows while a plan is streamed. */
-  totalBytes: number;
-  bytesRead: number;
-  bytesWritten: number;
-  bytesZeroed: number;
-  bytesSkipped: number;
-  method: CaptureMethod | null;
-  reason: CaptureReason | null;
-}
-
-export interface RunProgress {
-  /** 0…1 of the current stage, null when unknown. */
-  share: number | null;
-  bytesPerSecond: number;
-  etaSeconds: number | null;
-  disks: RunDiskProgress[];
-}
-
-export interface RunView {
-  id: RunId;
-  kind: RunKind;
-  state: RunState;
-  stage: RunStage | null;
-  vmId: VmId | null;
-  repositoryId: RepositoryId | null;
-  /** The point a backup will make or made, a restore reads, a delete removes. */
-  pointId: PointId | null;
-  attempt: number;
-  createdAt: string;
-  startedAt: string | null;
-  endedAt: string | null;
-  /** Set while running: no progress for 60 s. */
-  isStalled: boolean;
-  isCancelRequested: boolean;
-  progress: RunProgress;
-  error: RunError | null;
-  request: RunRequest;
-  result: RunResult | null;
-}
-
-export type RunRequest =
-  | {
-      kind: 'backup';
-      type: BackupType;
-      bitmaps: { diskId: DiskId; name: string; sincePointId: PointId }[];
-      bytesPerSecond: number;
-      consistency: ConsistencyWish;
-      disks: DiskChoice;
-    }
-  | {
-      kind: 'restore';
-      disks: RestoreDisk[];
-      overwrite: boolean;
-      acceptDamage: boolean;
-      /** The whole machine; its disks' places are decided when the run starts. */
-      machine: MachineTargetSpec | null;
-    }
-  | { kind: 'check'; content: boolean; pointId: PointId | null; vmId: VmId | null }
-  | { kind: 'rescan' }
-  | { kind: 'delete' };
-
-export type RunResult =
-  | { kind: 'backup'; pointId: PointId }
-  | {
-      kind: 'restore';
-      disks: { diskId: DiskId; target: TargetSpec; bytesWritten: number; damagedBytes: number }[];
-      machine: RestoredMachine | null;
-    }
-  | { kind: 'check'; report: CheckReport }
-  | { kind: 'rescan'; vms: number; points: number }
-  | { kind: 'delete'; freedBytes: number };
-
-export interface RestoreDisk {
-  diskId: DiskId;
-  target: TargetSpec;
-}
-
-/**
- * Which disks of a VM, by id, name, target or serial. An empty `include` means all that discovery did not
- * leave out; a disk named there is taken although the machine's metadata opts it out.
- */
-export interface DiskChoice {
-  include: string[];
-  exclude: string[];
-}
-
 /** What a backup would do with a disk, before anything is done. */
 export interface DiskEstimate {
   diskId: DiskId;
@@ -200,19 +96,6 @@ export interface BackupEstimate {
 
 /** Why a disk is not part of a run. */
 export type SkipReasonCode = SkipCode | 'EXCLUDED' | 'NOT_INCLUDED' | 'ABSENT';
-
-export type BackupType = 'full' | 'incremental' | 'auto';
-
-/** The user-visible log of a run: data, not the daemon's log. */
-export interface RunEvent {
-  /** Ascending within the run. */
-  sequence: number;
-  at: string;
-  level: 'info' | 'warning' | 'error';
-  code: string;
-  message: string;
-  details: Record<string, unknown>;
-}
 
 export interface LayerView {
   id: LayerId;
@@ -291,4 +174,86 @@ export interface DoctorFinding {
   isRequired: boolean;
   found: string;
   remedy: string | null;
+}
+
+/** A point's disk, a volume or a layer under capture, published over NBD. */
+export interface ExportView {
+  id: ExportId;
+  name: string;
+  kind: 'point' | 'volume' | 'push';
+  state: 'publishing' | 'published' | 'removing';
+  pointId: PointId | null;
+  diskId: DiskId | null;
+  runId: RunId | null;
+  volumeId: VolumeId | null;
+  isReadOnly: boolean;
+  /** What clients see: whole sectors. Null while it is not known. */
+  sizeBytes: number | null;
+  /** Where it is offered now; empty while the export daemon does not serve it. */
+  uris: string[];
+  identity: ExportIdentity | null;
+  /** What is served: a layer, a device, or the throw-away overlay of a writable one. */
+  imagePath: string;
+  createdAt: string;
+  expiresAt: string | null;
+  /** Of a writable one that is, or was, made independent of its point. */
+  materialization: { state: 'running' | 'completed' | 'failed'; runId: RunId } | null;
+  /** Why it is not served now, when it is not. */
+  problem: RunError | null;
+}
+
+/** The export daemon as it shows itself. */
+export interface ExportDaemonView {
+  isRunning: boolean;
+  /** Its own words; null when it never ran or ended properly. */
+  status: ExportStatus | null;
+  problem: RunError | null;
+}
+
+/** Something asked of a volume or an export that takes a while; a run, seen from what it is about. */
+export interface OperationView {
+  /** Of the run. */
+  id: RunId;
+  kind: 'materialize' | 'attach-volume' | 'detach-volume';
+  state: RunState;
+  /** Of the export or the volume. */
+  subjectId: ExportId | VolumeId;
+  createdAt: string;
+  endedAt: string | null;
+  /** 0…1, null when unknown. */
+  share: number | null;
+  error: RunError | null;
+  result: RunResult | null;
+}
+
+/** A block device under a stable identity. */
+export interface VolumeView {
+  id: VolumeId;
+  name: string;
+  provider: 'host';
+  /** `<kind>:<value>`, e.g. `wwn:0x5000…`, `fs-uuid:…`. */
+  identity: string;
+  sizeBytes: number;
+  createdAt: string;
+  /** Set while it is attached; checked when the volume is shown. */
+  mapping: { devicePath: string; deviceNumber: string; attachedAt: string; verifiedAt: string } | null;
+  /** Where it was found just now, also while it is not attached; null when it is not there. */
+  devicePath: string | null;
+  /** VOLUME_GONE, VOLUME_MISMATCH, or what kept from looking. */
+  problem: RunError | null;
+}
+
+/** A block device of this host that could be registered. */
+export interface FoundDeviceView {
+  devicePath: string;
+  deviceNumber: string;
+  type: string;
+  sizeBytes: number;
+  model: string | null;
+  /** Best first; empty when nothing tells the device from another. */
+  identities: string[];
+  /** Why it cannot be attached now (mounted, held …). */
+  inUseBy: string[];
+  /** The volume that has one of these identities. */
+  volumeId: VolumeId | null;
 }

@@ -21,7 +21,13 @@ import type {
   VmView,
 } from './types.js';
 
-export const NO_PROGRESS: RunProgress = { share: null, bytesPerSecond: 0, etaSeconds: null, disks: [] };
+export const NO_PROGRESS: RunProgress = {
+  share: null,
+  bytesPerSecond: 0,
+  etaSeconds: null,
+  disks: [],
+  push: null,
+};
 
 /** What runs had before these fields were there, by kind. */
 const OLDER_REQUESTS: Record<string, Partial<RunRequest>> = {
@@ -58,7 +64,7 @@ export function toRunView(row: RunRow, facts: { nowMs: number; stalledAfterMs: n
     endedAt: row.endedAt,
     isStalled: isRunning && progressMs !== null && facts.nowMs - progressMs > facts.stalledAfterMs,
     isCancelRequested: row.cancelRequested,
-    progress: (row.progress ?? NO_PROGRESS) as RunProgress,
+    progress: { ...NO_PROGRESS, ...(row.progress as RunProgress | null) },
     error: row.error as RunError | null,
     request: { ...OLDER_REQUESTS[row.kind], ...(row.request as RunRequest) },
     result: row.result === null ? null : { ...OLDER_RESULTS[row.kind], ...(row.result as RunResult) },

@@ -3,13 +3,13 @@ import { toTimestamp } from '../lib/clock.js';
 import { AppError } from '../lib/errors.js';
 import { newId, type DiskId, type VmId } from '../lib/id.js';
 import { parseDiskSource } from '../source/disk-source.js';
-import { openSource } from '../source/open-source.js';
 import { audit } from './audit.js';
 import type { EngineContext } from './context.js';
-import { sourceOptions } from './follow-machine.js';
 import type { Actor, Engine, NewVm } from './engine.js';
 import { requireVm } from './machine-use-cases.js';
+import { pushLineage } from './push-decision.js';
 import { toVmView } from './views.js';
+import { openVmSource } from './volume-source.js';
 
 type VmUseCases = Pick<Engine, 'addVm' | 'listVms' | 'getVm' | 'removeVm'>;
 
@@ -74,7 +74,7 @@ async function adoptVm(
   const disks: DiskRow[] = [];
   for (const { id, vmId, number, name } of known.disks) {
     const source = input.disks.find((disk) => disk.name === name)?.source;
-    disks.push({ ...(await probeDisk(context, { vmId, number, name, source })), id });
+    disks.push(await probeDisk(context, { id, vmId, number, name, source }));
   }
   for (const { id, sizeBytes, lineage, source } of disks) {
     await context.db.vms.updateDisk(id, { sizeBytes, lineage, source });
@@ -93,21 +93,20 @@ function requireDistinctNames(input: NewVm): void {
 /** The disk is asked for its exact size now: a source that cannot be read is refused before it is relied upon. */
 async function probeDisk(
   context: EngineContext,
-  disk: { vmId: VmId; number: number; name: string; source: unknown },
+  disk: { id?: DiskId; vmId: VmId; number: number; name: string; source: unknown },
 ): Promise<DiskRow> {
-  const { vmId, number, name } = disk;
-  const id = newId<DiskId>(context.clock.nowMs());
+  const { id = newId<DiskId>(context.clock.nowMs()), vmId, number, name } = disk;
   const source = parseDiskSource(disk.source);
+  const row = { id, vmId, number, name, source, facts: null };
+  // Only its agent knows it.
+  if (source.kind === 'push') return { ...row, sizeBytes: source.sizeBytes, lineage: pushLineage(id) };
   const signal = AbortSignal.timeout(PROBE_TIMEOUT_MS);
-  const probes = await openSource(null, sourceOptions(context, 'probe')).probe(
-    [{ diskId: id, name, source }],
-    {
-      signal,
-    },
-  );
+  const probes = await openVmSource(context, null, 'probe').probe([{ diskId: id, name, source }], {
+    signal,
+  });
   const probe = probes.get(id);
   if (probe === undefined) throw new AppError('INTERNAL', `the source said nothing of disk ${name}`);
   const { sizeBytes, lineage } = probe;
   if (sizeBytes === 0) throw new AppError('INVALID_INPUT', `disk ${name} is empty (0 bytes)`);
-  return { id, vmId, number, name, sizeBytes, lineage, source, facts: null };
+  return { ...row, sizeBytes, lineage };
 }

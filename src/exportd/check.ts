@@ -15,7 +15,7 @@ export async function checkExports(config: ExportdConfig): Promise<{ files: numb
   for (const entry of entries.values()) {
     try {
       if (entry.error !== null) throw entry.error;
-      if (isSound(entry)) await readImage(entry.definition);
+      if (isSound(entry)) await readImage(entry.definition, config.imageDirectories);
     } catch (error) {
       const { code, message } = toAppError(error);
       problems.push(`${entry.file}: ${code}: ${message}`);

@@ -48,6 +48,8 @@ const x509Schema = z.strictObject({
 
 const configSchema = z.strictObject({
   exportsDirectory: absolutePath.default('/etc/holdfast/exports.d'),
+  /** Where images and their backing files may lie, links resolved; null for anywhere. */
+  imageDirectories: z.array(absolutePath).min(1).nullable().default(null),
   /** Sockets, status and pid file. Emptied by a restart of the host. */
   runtimeDirectory: absolutePath.default('/run/holdfast-exportd'),
   statusFile: absolutePath.optional(),

@@ -104,6 +104,11 @@ export class ExportServer {
     await Promise.all(Array.from({ length: ADDS_AT_ONCE }, work));
   }
 
+  /** The listener whose storage daemon has a writable image open. */
+  holderOf({ definition: { own } }: SoundEntry): Listener | undefined {
+    return own === null ? this.#shared[0] : this.#own.get(ownId(own));
+  }
+
   /** Starts a listener again whose storage daemon ended, and offers on it what it had. Rejects when it cannot listen. */
   async revive(listener: Listener, entries: Iterable<Entry>): Promise<void> {
     if (!this.listeners.includes(listener) || listener.isUp) return;
@@ -182,12 +187,16 @@ export class ExportServer {
 
   /** An export is offered everywhere or nowhere. */
   async #fail(entry: Entry, error: unknown): Promise<void> {
-    entry.error =
-      error instanceof QmpError
-        ? new AppError('TOOL_FAILED', `QEMU cannot serve it: ${error.description}`, { cause: error })
-        : toAppError(error);
+    entry.error = error instanceof QmpError ? refused(error) : toAppError(error);
     await this.remove([entry]);
   }
+}
+
+function refused(cause: QmpError): AppError {
+  const { description } = cause;
+  const isHeld = /\block$/.test(description);
+  const problem = isHeld ? `another process has its image open (${description})` : description;
+  return new AppError('EXPORT_REFUSED', `QEMU does not serve it: ${problem}`, { cause });
 }
 
 function nameOf({ definition }: Entry): string {

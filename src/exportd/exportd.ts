@@ -13,6 +13,7 @@ import { entryStatus, isSound, type Entry } from './entry.js';
 import { ExportServer } from './export-server.js';
 import { readImage } from './image.js';
 import type { Listener } from './listener.js';
+import { Materializer } from './materializer.js';
 import { planReload } from './plan.js';
 import { scanDirectory, type ScannedFile } from './scan.js';
 import { replaceFile } from './status-file.js';
@@ -21,6 +22,8 @@ import type { DaemonPlace } from './storage-daemon.js';
 const MAX_EVENTS = 50;
 /** Headers read at the same time; as many as Node has threads for files. */
 const READS_AT_ONCE = 16;
+/** How often the status tells the progress of what is under way. */
+const PROGRESS_INTERVAL_MS = 1000;
 const REAP_TIMEOUT_MS = 10_000;
 
 /** The export daemon. Whoever started it disposes it: clients are disconnected and images closed then. */
@@ -87,6 +90,8 @@ class Daemon {
   readonly failed: Promise<never>;
   #fail: (error: unknown) => void = () => undefined;
   #server: ExportServer | undefined;
+  readonly #materializer: Materializer;
+  #isProgressDue = false;
   #entries = new Map<string, Entry>();
   #processStartTime = '';
   #generation = 0;
@@ -100,6 +105,13 @@ class Daemon {
   constructor(config: ExportdConfig, logger: Logger) {
     this.#config = config;
     this.#logger = logger;
+    this.#materializer = new Materializer({
+      holderOf: (entry) => this.#running().holderOf(entry),
+      readImage: (definition) => readImage(definition, config.imageDirectories),
+      onEnded: (entry) => {
+        this.#noteMaterialized(entry);
+      },
+    });
     this.failed = new Promise((_resolve, reject) => {
       this.#fail = reject;
     });
@@ -143,7 +155,7 @@ class Daemon {
     await rm(this.#config.statusFile, { force: true });
   }
 
-  #enqueue(task: () => Promise<void>): void {
+  #enqueue(task: () => Promise<void> | void): void {
     this.#tail = this.#tail.then(async () => {
       if (this.#isClosed) return;
       try {
@@ -153,7 +165,26 @@ class Daemon {
         return;
       }
       await this.#publishStatus();
+      this.#publishProgressLater();
     });
+  }
+
+  #publishProgressLater(): void {
+    if (this.#isProgressDue || !this.#materializer.isBusy) return;
+    this.#isProgressDue = true;
+    this.#later(PROGRESS_INTERVAL_MS, () => {
+      this.#isProgressDue = false;
+    });
+  }
+
+  /** Does something in turn, after a while, unless the daemon is closed before. */
+  #later(ms: number, task: () => Promise<void> | void): void {
+    if (this.#isClosed) return;
+    const timer = setTimeout(() => {
+      this.#timers.delete(timer);
+      this.#enqueue(task);
+    }, ms);
+    this.#timers.add(timer);
   }
 
   async #apply(): Promise<void> {
@@ -163,10 +194,12 @@ class Daemon {
     const server = this.#running();
     const { entries, remove, add } = planReload(this.#entries, files);
     this.#entries = entries;
+    await this.#materializer.keepOnly([...entries.values()]);
     await server.remove(remove);
     await server.arrangeOwn(entries.values());
-    await readImages(add);
+    await this.#readImages(add);
     await server.offer(entries.values());
+    this.#materializer.start(entries.values());
     this.#generation += 1;
     this.#readAtMs = readAtMs;
     this.#appliedAt = toTimestamp(systemClock.nowMs());
@@ -193,22 +226,48 @@ class Daemon {
   }
 
   #reviveLater(listener: Listener): void {
-    if (this.#isClosed) return;
-    const timer = setTimeout(() => {
-      this.#timers.delete(timer);
-      this.#enqueue(() => this.#revive(listener));
-    }, listener.restartDelayMs);
-    this.#timers.add(timer);
+    this.#later(listener.restartDelayMs, () => this.#revive(listener));
   }
 
   async #revive(listener: Listener): Promise<void> {
     try {
-      await this.#running().revive(listener, this.#entries.values());
+      const server = this.#running();
+      const isWrittenBy = (entry: Entry): boolean =>
+        isSound(entry) && !entry.definition.isReadOnly && server.holderOf(entry) === listener;
+      // An image may have lost its backing file there; with it again, it would show what clients discarded since.
+      await this.#readImages([...this.#entries.values()].filter(isWrittenBy));
+      await server.revive(listener, this.#entries.values());
+      this.#materializer.start(this.#entries.values());
       this.#note('storage-daemon-restarted', listener.id, 'all its exports are offered again');
     } catch (error) {
       this.#note('restart-failed', listener.id, toAppError(error).message);
       this.#reviveLater(listener);
     }
+  }
+
+  #noteMaterialized({ file, materialization }: Entry): void {
+    const { state, error } = materialization ?? {};
+    this.#logger.info({ file, state, code: error?.code, reason: error?.message }, 'materializing ended');
+    this.#enqueue(() => {
+      this.#materializer.start(this.#entries.values());
+    });
+  }
+
+  /** Fills in how each entry's image is opened, or its error. */
+  async #readImages(entries: readonly Entry[]): Promise<void> {
+    const queue = [...entries];
+    const work = async (): Promise<void> => {
+      for (let entry = queue.shift(); entry !== undefined; entry = queue.shift()) {
+        if (!isSound(entry)) continue;
+        try {
+          const image = await readImage(entry.definition, this.#config.imageDirectories);
+          Object.assign(entry, { image });
+        } catch (error) {
+          Object.assign(entry, { error: toAppError(error) });
+        }
+      }
+    };
+    await Promise.all(Array.from({ length: READS_AT_ONCE }, work));
   }
 
   #running(): ExportServer {
@@ -248,20 +307,4 @@ class Daemon {
     };
     await replaceFile(this.#config.statusFile, `${JSON.stringify(status)}\n`);
   }
-}
-
-/** Fills in how each entry's image is opened, or its error. */
-async function readImages(entries: readonly Entry[]): Promise<void> {
-  const queue = [...entries];
-  const work = async (): Promise<void> => {
-    for (let entry = queue.shift(); entry !== undefined; entry = queue.shift()) {
-      if (!isSound(entry)) continue;
-      try {
-        Object.assign(entry, { image: await readImage(entry.definition) });
-      } catch (error) {
-        Object.assign(entry, { error: toAppError(error) });
-      }
-    }
-  };
-  await Promise.all(Array.from({ length: READS_AT_ONCE }, work));
 }

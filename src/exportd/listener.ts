@@ -2,6 +2,7 @@ import type { ExportListenerStatus, ListenAddress } from '../exports/index.js';
 import { systemClock } from '../lib/clock.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
 import { QmpError } from '../lib/qmp.js';
+import type { BlockStreamOptions } from './block-stream.js';
 import type { Credentials } from './credentials.js';
 import { StorageDaemon, type DaemonPlace, type OfferedExport } from './storage-daemon.js';
 
@@ -104,6 +105,24 @@ export class Listener {
       if (isFirst && error instanceof AppError && isErrorCode(error.cause, 'TIMEOUT')) {
         throw new AppError('TIMEOUT', 'QEMU does not come back from opening its image', { cause: error });
       }
+      return false;
+    }
+  }
+
+  /**
+   * Copies what the backing files of an offered image hold into it, as `streamNode` does, and answers true; false
+   * when the listener is down, or goes down meanwhile.
+   */
+  async stream(name: string, options: BlockStreamOptions): Promise<boolean> {
+    const daemon = this.#daemon;
+    if (daemon === undefined || !this.isUp) return false;
+    try {
+      await daemon.stream(name, options);
+      return true;
+    } catch (error) {
+      if (!isErrorCode(error, 'SOURCE_UNREACHABLE')) throw error;
+      // By now there may be another one in its place.
+      if (daemon === this.#daemon) this.#abandon(error);
       return false;
     }
   }

@@ -1,5 +1,5 @@
 import { Command } from 'commander';
-import { AppError, toAppError } from '../lib/errors.js';
+import { reportFailure, waitForSignal } from '../lib/entry-point.js';
 import { createLogger } from '../lib/log.js';
 import { checkExports } from './check.js';
 import { DEFAULT_CONFIG_FILE, loadExportdConfig } from './config.js';
@@ -45,22 +45,9 @@ async function run(options: { config?: string; check?: true }): Promise<number> 
     logger.info({ signal }, 'holdfast-exportd is stopping');
     return 0;
   } catch (error) {
-    const { code, message } = toAppError(error);
-    process.stderr.write(`holdfast-exportd: ${code}: ${message}\n`);
-    if (!(error instanceof AppError) && error instanceof Error)
-      process.stderr.write(`${error.stack ?? ''}\n`);
+    const { code } = reportFailure('holdfast-exportd', error);
     return code === 'CONFIG_INVALID' ? EXIT_CONFIG : EXIT_FAILED;
   }
-}
-
-function waitForSignal(): Promise<string> {
-  return new Promise((resolve) => {
-    for (const name of ['SIGTERM', 'SIGINT'] as const) {
-      process.once(name, () => {
-        resolve(name);
-      });
-    }
-  });
 }
 
 await program.parseAsync();

@@ -1,4 +1,5 @@
 import { isDeepStrictEqual } from 'node:util';
+import type { ExportDefinition } from '../exports/index.js';
 import { AppError } from '../lib/errors.js';
 import { isSound, type Entry } from './entry.js';
 import type { ScannedFile } from './scan.js';
@@ -24,9 +25,10 @@ export function planReload(served: ReadonlyMap<string, Entry>, files: readonly S
       old !== undefined &&
       isSound(old) &&
       isSound(next) &&
-      isDeepStrictEqual(old.definition, next.definition)
+      isSameService(old.definition, next.definition)
     ) {
-      entries.set(scanned.file, Object.assign(old, { digest: next.digest, modifiedMs: next.modifiedMs }));
+      const { digest, modifiedMs, definition } = next;
+      entries.set(scanned.file, Object.assign(old, { digest, modifiedMs, definition }));
       continue;
     }
     entries.set(scanned.file, next);
@@ -36,11 +38,16 @@ export function planReload(served: ReadonlyMap<string, Entry>, files: readonly S
   return { entries, remove, add };
 }
 
+/** True when clients need not notice: an image is materialized while it is served. */
+function isSameService(one: ExportDefinition, other: ExportDefinition): boolean {
+  return isDeepStrictEqual({ ...one, materialize: false }, { ...other, materialize: false });
+}
+
 function judge(
   { file, digest, modifiedMs, content }: ScannedFile,
   owners: ReadonlyMap<string, string>,
 ): Entry {
-  const base = { file, digest, modifiedMs, image: null };
+  const base = { file, digest, modifiedMs, image: null, materialization: null };
   if (content instanceof AppError) return { ...base, definition: null, error: content };
   const owner = owners.get(content.name);
   if (owner === file) return { ...base, definition: content, error: null };

@@ -1,10 +1,7 @@
-import { once } from 'node:events';
 import { chmod, lstat } from 'node:fs/promises';
-import net from 'node:net';
-import { withDeadline } from '../lib/deadline.js';
 import { AppError, errnoOf } from '../lib/errors.js';
+import { isListening } from '../lib/unix-socket.js';
 
-const CONNECT_TIMEOUT_MS = 2000;
 /** The owner and the group, where the directory lets them in. */
 const SOCKET_MODE = 0o660;
 
@@ -24,7 +21,7 @@ export async function prepareSocket(socketPath: string): Promise<void> {
     if (errnoOf(error) === 'ENOENT') return;
     throw error;
   }
-  if (!(await isAnswered(socketPath))) return;
+  if (!(await isListening(socketPath))) return;
   throw new AppError('CONFLICT', `another server listens on ${socketPath}`, {
     details: { path: socketPath },
   });
@@ -32,20 +29,4 @@ export async function prepareSocket(socketPath: string): Promise<void> {
 
 export async function shareSocket(socketPath: string): Promise<void> {
   await chmod(socketPath, SOCKET_MODE);
-}
-
-async function isAnswered(socketPath: string): Promise<boolean> {
-  const socket = net.connect(socketPath);
-  try {
-    await withDeadline(once(socket, 'connect'), {
-      timeoutMs: CONNECT_TIMEOUT_MS,
-      what: `connecting to ${socketPath}`,
-    });
-    return true;
-  } catch (error) {
-    if (errnoOf(error) === 'ECONNREFUSED' || errnoOf(error) === 'ENOENT') return false;
-    throw error;
-  } finally {
-    socket.destroy();
-  }
 }

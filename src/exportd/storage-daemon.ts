@@ -2,12 +2,13 @@ import { mkdir, rm, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import type { ListenAddress } from '../exports/index.js';
 import { CleanupStack } from '../lib/cleanup.js';
-import { pollUntil } from '../lib/deadline.js';
+import { cancelled, pollUntil } from '../lib/deadline.js';
 import { AppError } from '../lib/errors.js';
 import { newUlid } from '../lib/id.js';
 import { startServer, type ChildRegistry, type ChildServer } from '../lib/process.js';
 import { connectQmp, isQemuGone, QmpError, type QmpClient } from '../lib/qmp.js';
 import { z } from 'zod';
+import { nameNode, streamNode, type BlockStreamOptions } from './block-stream.js';
 import type { Credentials } from './credentials.js';
 import type { BlockNode } from './image.js';
 import { prepareSocket, shareSocket } from './socket-file.js';
@@ -23,6 +24,14 @@ export interface OfferedExport {
   node: BlockNode;
   isReadOnly: boolean;
   description: string | null;
+}
+
+interface Offered {
+  /** In the ids of its node and export. */
+  number: number;
+  node: BlockNode;
+  /** Ends the copying under way, and resolves when it has ended. */
+  endStream?: () => Promise<unknown>;
 }
 
 const READY_TIMEOUT_MS = 20_000;
@@ -41,8 +50,7 @@ export class StorageDaemon {
   readonly #server: ChildServer;
   readonly #qmp: QmpClient;
   readonly #cleanup: CleanupStack;
-  /** Name → number in the ids of its node and export. */
-  readonly #numbers = new Map<string, number>();
+  readonly #offered = new Map<string, Offered>();
   #lastNumber = 0;
 
   private constructor(server: ChildServer, qmp: QmpClient, cleanup: CleanupStack) {
@@ -80,7 +88,7 @@ export class StorageDaemon {
   }
 
   has(name: string): boolean {
-    return this.#numbers.has(name);
+    return this.#offered.has(name);
   }
 
   /**
@@ -90,7 +98,7 @@ export class StorageDaemon {
   async add({ name, node, isReadOnly, description }: OfferedExport): Promise<void> {
     const number = (this.#lastNumber += 1);
     const nodeName = `n${number}`;
-    await this.#qmp.execute('blockdev-add', { ...node, 'node-name': nodeName });
+    await this.#qmp.execute('blockdev-add', nameNode(node, nodeName));
     try {
       await this.#qmp.execute('block-export-add', {
         type: 'nbd',
@@ -104,7 +112,22 @@ export class StorageDaemon {
       if (error instanceof QmpError) await this.#qmp.execute('blockdev-del', { 'node-name': nodeName });
       throw error;
     }
-    this.#numbers.set(name, number);
+    this.#offered.set(name, { number, node });
+  }
+
+  /** Makes the image of an offered export stand alone, as `streamNode` does; CANCELLED when the export is removed. */
+  async stream(name: string, options: BlockStreamOptions): Promise<void> {
+    const offered = this.#offered.get(name);
+    if (offered === undefined) throw cancelled(`${name} is not offered any more`);
+    const removal = new AbortController();
+    const signal = AbortSignal.any([options.signal, removal.signal]);
+    const node = { node: offered.node, name: `n${offered.number}` };
+    const work = streamNode(this.#qmp, node, { ...options, signal });
+    offered.endStream = () => {
+      removal.abort(cancelled(`${name} is removed`));
+      return Promise.allSettled([work]);
+    };
+    await work;
   }
 
   /**
@@ -112,9 +135,11 @@ export class StorageDaemon {
    * this resolves. Names that are not offered are passed over. When it rejects, the daemon is beyond use.
    */
   async remove(names: readonly string[]): Promise<void> {
-    const numbers = names.flatMap((name) => this.#numbers.get(name) ?? []);
-    if (numbers.length === 0) return;
-    for (const name of names) this.#numbers.delete(name);
+    const offered = names.flatMap((name) => this.#offered.get(name) ?? []);
+    if (offered.length === 0) return;
+    for (const name of names) this.#offered.delete(name);
+    await Promise.all(offered.flatMap(({ endStream }) => endStream?.() ?? []));
+    const numbers = offered.map(({ number }) => number);
     const ids = new Set(numbers.map((number) => `e${number}`));
     await Promise.all([...ids].map((id) => this.#qmp.execute('block-export-del', { id, mode: 'hard' })));
     // Requests under way end first; only then does the export let go of the image.

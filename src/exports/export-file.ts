@@ -28,12 +28,14 @@ export interface ExportDefinition {
   /** Exact size the disk must have; null when any is right. */
   sizeBytes: number | null;
   description: string | null;
+  /** The image takes up what its backing files hold, while it is served, and stands alone then. */
+  materialize: boolean;
   /** Null: served on the addresses that all exports share. */
   own: OwnAddress | null;
 }
 
 const OUR_KEYS = [
-  ...['exportname', 'readonly', 'format', 'size', 'description'],
+  ...['exportname', 'readonly', 'format', 'size', 'description', 'materialize'],
   ...['identity', 'port', 'socket', 'prerun'],
 ];
 /** Keys of nbd-server that change how it serves, not what is served. */
@@ -66,20 +68,25 @@ export function parseExportFile(text: string): ExportDefinition {
   if (prerun !== undefined && prerun !== KEEP_NBD_SERVER_OUT) {
     throw invalid(`prerun is supported only as ${KEEP_NBD_SERVER_OUT}, which keeps nbd-server out`);
   }
-  return {
+  const definition: ExportDefinition = {
     name,
     imagePath: readPath('exportname', required(values, 'exportname')),
     format: readFormat(required(values, 'format')),
     isReadOnly: readBoolean('readonly', required(values, 'readonly')),
     sizeBytes: readSize(values.get('size')),
     description: readDescription(values.get('description')),
+    materialize: readBoolean('materialize', values.get('materialize') ?? 'false'),
     own: readOwnAddress(values),
   };
+  if (definition.materialize && (definition.isReadOnly || definition.format !== 'qcow2')) {
+    throw invalid('materialize is for a writable export of a qcow2 image');
+  }
+  return definition;
 }
 
 /** The text of an export file; what `parseExportFile` reads back. INVALID_INPUT when no file can say it. */
 export function formatExportFile(definition: ExportDefinition): string {
-  const { name, imagePath, format, isReadOnly, sizeBytes, description, own } = definition;
+  const { name, imagePath, format, isReadOnly, sizeBytes, description, materialize, own } = definition;
   const values = new Map([
     ['exportname', imagePath],
     ['readonly', String(isReadOnly)],
@@ -87,6 +94,7 @@ export function formatExportFile(definition: ExportDefinition): string {
   ]);
   if (sizeBytes !== null) values.set('size', String(sizeBytes));
   if (description !== null) values.set('description', description);
+  if (materialize) values.set('materialize', 'true');
   if (own !== null) {
     const { identity, at } = own;
     values.set(

@@ -26,6 +26,16 @@ const listenerSchema = z.object({
   error: errorSchema.nullable(),
 });
 
+const materializeSchema = z.object({
+  /** `running` also while it waits for its storage daemon; `failed` stays until the key is taken away and set again. */
+  state: z.enum(['running', 'completed', 'failed']),
+  /** Of the disk: what was looked at so far, and its size. */
+  doneBytes: z.number().int(),
+  totalBytes: z.number().int(),
+  /** Why it failed. */
+  error: errorSchema.nullable(),
+});
+
 const fileSchema = z.object({
   /** Name in the directory. */
   file: z.string(),
@@ -41,6 +51,8 @@ const fileSchema = z.object({
   format: z.enum(['raw', 'qcow2']).nullable(),
   isReadOnly: z.boolean().nullable(),
   description: z.string().nullable(),
+  /** How far the image stands alone; null where the file does not ask for it, or is not served. */
+  materialize: materializeSchema.nullable(),
   /** Why it is not served. */
   error: errorSchema.nullable(),
 });
@@ -83,6 +95,7 @@ export const exportStatusSchema = z.object({
 export type ExportStatus = z.infer<typeof exportStatusSchema>;
 export type ExportListenerStatus = z.infer<typeof listenerSchema>;
 export type ExportFileStatus = z.infer<typeof fileSchema>;
+export type MaterializeStatus = z.infer<typeof materializeSchema>;
 export type ExportDaemonEvent = z.infer<typeof eventSchema>;
 export type ListenAddress = z.infer<typeof addressSchema>;
 
@@ -93,8 +106,8 @@ export function hostMonotonicMs(): number {
 
 /**
  * Reads what the export daemon last said of itself. Null when it never wrote the file or removed it when it
- * ended; a daemon that was killed leaves its last word behind (see `isExportDaemonAlive`). INTERNAL when the
- * file is not such a status.
+ * ended; a daemon that was killed leaves its last word behind (see `isExportDaemonAlive`).
+ * EXPORT_DAEMON_UNAVAILABLE when the file is not such a status.
  */
 export async function readExportStatus(statusFile: string): Promise<ExportStatus | null> {
   const text = await readBounded(statusFile);
@@ -102,7 +115,9 @@ export async function readExportStatus(statusFile: string): Promise<ExportStatus
   try {
     return exportStatusSchema.parse(JSON.parse(text));
   } catch (error) {
-    throw new AppError('INTERNAL', `${statusFile} is not a status of holdfast-exportd`, { cause: error });
+    throw new AppError('EXPORT_DAEMON_UNAVAILABLE', `${statusFile} is not a status of holdfast-exportd`, {
+      cause: error,
+    });
   }
 }
 
@@ -111,7 +126,8 @@ async function readBounded(file: string): Promise<string | null> {
     const handle = await open(file, 'r');
     try {
       const { size } = await handle.stat();
-      if (size > MAX_STATUS_BYTES) throw new AppError('INTERNAL', `${file} is larger than any status`);
+      if (size > MAX_STATUS_BYTES)
+        throw new AppError('EXPORT_DAEMON_UNAVAILABLE', `${file} is larger than any status`);
       return await handle.readFile('utf8');
     } finally {
       await handle.close();

@@ -6,6 +6,9 @@ export interface IniSection {
   values: Map<string, string>;
 }
 
+/** Other white space of Unicode is part of a value. */
+const BLANKS_AROUND = /^[ \t\r]+|[ \t\r]+$/g;
+
 /** GKeyFile's escapes; `\s` keeps a space at the beginning or end of a value. */
 const ESCAPES: Record<string, string> = { s: ' ', n: '\n', t: '\t', r: '\r', '\\': '\\' };
 
@@ -20,7 +23,7 @@ function invalid(line: number, problem: string): AppError {
 export function parseIniSection(text: string): IniSection {
   let section: IniSection | undefined;
   for (const [index, raw] of text.split('\n').entries()) {
-    const line = raw.trim();
+    const line = raw.replace(BLANKS_AROUND, '');
     const number = index + 1;
     if (line === '' || line.startsWith('#')) continue;
     if (line.startsWith('[')) {
@@ -47,7 +50,7 @@ function addValue(section: IniSection, line: string, number: number): void {
   if (equals === -1 || !/^[A-Za-z][A-Za-z0-9-]*$/.test(key))
     throw invalid(number, 'not a line `key = value`');
   if (section.values.has(key)) throw invalid(number, `a second ${key}`);
-  section.values.set(key, unescape(line.slice(equals + 1).trimStart(), number));
+  section.values.set(key, unescape(line.slice(equals + 1).replace(BLANKS_AROUND, ''), number));
 }
 
 function unescape(text: string, number: number): string {

@@ -100,7 +100,10 @@ export const ERROR_CATALOGUE = {
     retryable: false,
     remedy: 'Delete the points listed in the details first, newest first.',
   },
-  POINT_IN_USE: { retryable: false, remedy: 'Wait until the run named in the details has ended.' },
+  POINT_IN_USE: {
+    retryable: false,
+    remedy: 'Wait until the runs named in the details have ended; remove the exports named there.',
+  },
 
   SOURCE_UNREACHABLE: {
     retryable: true,
@@ -163,6 +166,35 @@ export const ERROR_CATALOGUE = {
     remedy: 'The NBD server stopped answering; look at its log and at the network.',
   },
   NBD_CLOSED: { retryable: false, remedy: 'The connection was closed; open a new one.' },
+
+  EXPORT_DAEMON_UNAVAILABLE: {
+    retryable: true,
+    remedy: 'Start holdfast-exportd; exports.pidFile and exports.statusFile must name its files.',
+  },
+  EXPORT_REFUSED: {
+    retryable: false,
+    remedy: 'The export daemon cannot serve the image; `holdfast export status` has its reason.',
+  },
+  PUSH_SILENT: {
+    retryable: false,
+    remedy: 'The capture agent said nothing for too long; look at its messages and start the backup again.',
+  },
+  PUSH_MISMATCH: {
+    retryable: false,
+    remedy: 'What was written is not what the agent says it sent; start the backup again.',
+  },
+  VOLUME_GONE: {
+    retryable: false,
+    remedy: 'Connect the device, or release the volume with `holdfast volume detach`.',
+  },
+  VOLUME_MISMATCH: {
+    retryable: false,
+    remedy: 'Another device is where the volume was; look at `holdfast volume show` before anything is written.',
+  },
+  VOLUME_IN_USE: {
+    retryable: false,
+    remedy: 'End what the details name (a mount, an export, a run), then try again.',
+  },
 
   TARGET_EXISTS: { retryable: false, remedy: 'Choose another path, or allow overwriting.' },
   TARGET_TOO_SMALL: { retryable: false, remedy: 'Choose a target at least as large as the disk.' },

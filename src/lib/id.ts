@@ -15,6 +15,8 @@ export type PointId = Id<'point'>;
 export type LayerId = Id<'layer'>;
 export type RunId = Id<'run'>;
 export type TokenId = Id<'token'>;
+export type ExportId = Id<'export'>;
+export type VolumeId = Id<'volume'>;
 
 /** Makes ids. Injected, so that tests can fix them. */
 export type IdSource = () => string;

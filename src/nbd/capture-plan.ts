@@ -1,5 +1,5 @@
 import type { ClusterMap } from './extents.js';
-import { COPY_OP, EXPECT_HASH, EXPECT_ZERO } from './index.js';
+import { COPY_OP, EXPECT_HASH, EXPECT_ZERO, type CopyWindow } from './index.js';
 
 /** How a disk is captured: all of it, what a bitmap calls dirty, or what differs from the last point. */
 export type PlanMethod = 'full' | 'bitmap' | 'compare';
@@ -70,6 +70,16 @@ export function planWindow(
     expect: known === undefined ? undefined : packExpected(copied, known, hashBytes),
     plannedBytes,
     copyBytes,
+  };
+}
+
+/** A planned window for the copy engine: what is read and found zero is left out of a full and written as zeroes otherwise. */
+export function captureWindow(method: PlanMethod, planned: PlannedWindow): CopyWindow {
+  return {
+    rows: planned.rows,
+    zeroPolicy: method === 'full' ? 'skip' : 'write',
+    emitEntries: true,
+    ...(planned.expect === undefined ? {} : { expectPolicy: 'compare', expect: planned.expect }),
   };
 }
 

@@ -30,6 +30,8 @@ export interface ClusterMapOptions {
   grantedContexts: readonly string[];
   /** Upper bound of one stretch. */
   windowBytes: number;
+  /** Where to begin, cluster-aligned; default 0. */
+  fromBytes?: number;
 }
 
 export type AskBlockStatus = (offset: number, length: number) => Promise<BlockStatus>;
@@ -57,7 +59,7 @@ export async function* walkClusters(
   const contexts = [BASE_ALLOCATION, ...(dirtyContext === null ? [] : [dirtyContext])].filter((name) =>
     grantedContexts.includes(name),
   );
-  for (let offset = 0; offset < diskBytes;) {
+  for (let offset = options.fromBytes ?? 0; offset < diskBytes;) {
     const wanted = Math.min(options.windowBytes, diskBytes - offset);
     if (contexts.length === 0) {
       yield emptyMap(offset, offset + wanted, clusterBytes);

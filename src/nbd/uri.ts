@@ -48,6 +48,17 @@ export function parseNbdUri(text: string): NbdUri {
   return { text, isTls: scheme.isTls, exportName, identity: `nbd:${place}#${exportName}` };
 }
 
+/**
+ * The export `name` at an address, which is an NBD URI without an export: a tunnel's end, another interface.
+ * NBD_URI_INVALID when it has one.
+ */
+export function exportAt(address: string, name: string): string {
+  if (parseNbdUri(address).exportName !== '') throw invalid('an address has no export name');
+  const url = new URL(address);
+  url.pathname = `/${encodeURIComponent(name)}`;
+  return url.href;
+}
+
 function decodeExport(url: URL): string {
   try {
     const name = decodeURIComponent(url.pathname.replace(/^\//, ''));

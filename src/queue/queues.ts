@@ -1,8 +1,10 @@
 import { z } from 'zod';
 import { AppError } from '../lib/errors.js';
 import { isUlid, type RunId } from '../lib/id.js';
+import type { RunLane } from '../engine/run-queue.js';
+import { RUN_KINDS } from '../engine/types.js';
 
-export const runKindSchema = z.enum(['backup', 'restore', 'check', 'rescan', 'delete']);
+export const runKindSchema = z.enum(RUN_KINDS);
 
 /** What a job carries: ids only. */
 export const runPayloadSchema = z.strictObject({
@@ -12,13 +14,21 @@ export const runPayloadSchema = z.strictObject({
 export type RunPayload = z.infer<typeof runPayloadSchema>;
 
 /** Every queue with what its jobs carry. */
-export const QUEUES = { runs: { payload: runPayloadSchema } } as const;
+export const QUEUES = {
+  runs: { payload: runPayloadSchema },
+  attended: { payload: runPayloadSchema },
+} as const;
 export type QueueName = keyof typeof QUEUES;
 export const QUEUE_NAMES: readonly QueueName[] = Object.keys(QUEUES) as QueueName[];
+
+/** The queue of each lane. */
+export const LANE_QUEUES: Record<RunLane, QueueName> = { work: 'runs', attended: 'attended' };
 
 /** Executes one job of a queue. */
 export interface QueueHandler {
   queue: QueueName;
+  /** Jobs executed at the same time. */
+  concurrency: number;
   /** `later`: delivered again after LATER_MS, which is no attempt. */
   handle: (payload: RunPayload, signal: AbortSignal) => Promise<'done' | 'later'>;
 }

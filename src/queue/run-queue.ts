@@ -13,14 +13,14 @@ import {
 import {
   INFRASTRUCTURE_ATTEMPTS,
   INFRASTRUCTURE_BACKOFF_MS,
+  LANE_QUEUES,
+  QUEUE_NAMES,
   type QueueName,
   type RunPayload,
 } from './queues.js';
 
-const RUNS: QueueName = 'runs';
-
 /**
- * Opens the sending side of the runs' queue. Rejects with QUEUE_UNAVAILABLE when Redis does not
+ * Opens the sending side of the runs' queues. Rejects with QUEUE_UNAVAILABLE when Redis does not
  * answer in the time of a command; later outages only fail the calls that meet them.
  */
 export async function openRunQueue(connection: QueueConnection, logger: Logger): Promise<RunQueue> {
@@ -39,29 +39,35 @@ export async function openRunQueue(connection: QueueConnection, logger: Logger):
     await cleanup.run();
     throw error;
   }
-  const queue = new Queue<RunPayload>(RUNS, {
-    connection: redis,
-    prefix: connection.prefix ?? DEFAULT_PREFIX,
-    defaultJobOptions: {
-      attempts: INFRASTRUCTURE_ATTEMPTS,
-      backoff: { type: 'exponential', delay: INFRASTRUCTURE_BACKOFF_MS },
-      // An ended job leaves nothing: its id must be free, or a run still queued could not be added again.
-      removeOnComplete: true,
-      removeOnFail: true,
-    },
-  });
-  queue.on('error', (error) => {
-    log.debug({ err: error }, 'queue connection error');
-  });
-  cleanup.defer(() => queue.close());
+  const open = (name: QueueName): Queue<RunPayload> => {
+    const queue = new Queue<RunPayload>(name, {
+      connection: redis,
+      prefix: connection.prefix ?? DEFAULT_PREFIX,
+      defaultJobOptions: {
+        attempts: INFRASTRUCTURE_ATTEMPTS,
+        backoff: { type: 'exponential', delay: INFRASTRUCTURE_BACKOFF_MS },
+        // An ended job leaves nothing: its id must be free, or a run still queued could not be added again.
+        removeOnComplete: true,
+        removeOnFail: true,
+      },
+    });
+    queue.on('error', (error) => {
+      log.debug({ err: error }, 'queue connection error');
+    });
+    cleanup.defer(() => queue.close());
+    return queue;
+  };
+  const queues = { runs: open('runs'), attended: open('attended') };
   let closing: Promise<void> | undefined;
   return {
-    async add({ runId, kind, attempt }, { delayMs = 0 } = {}) {
-      const job = queue.add(kind, { runId, kind }, { jobId: `${runId}-${attempt}`, delay: delayMs });
+    async add({ runId, kind, lane, attempt }, { delayMs = 0 } = {}) {
+      const options = { jobId: `${runId}-${attempt}`, delay: delayMs };
+      const job = queues[LANE_QUEUES[lane]].add(kind, { runId, kind }, options);
       await withinDeadline(job, { timeoutMs, what: `adding run ${runId} to the queue` });
     },
     async clear() {
-      await withinDeadline(queue.obliterate({ force: true }), { timeoutMs, what: 'clearing the queue' });
+      const work = Promise.all(QUEUE_NAMES.map((name) => queues[name].obliterate({ force: true })));
+      await withinDeadline(work, { timeoutMs, what: 'clearing the queues' });
     },
     ping,
     [Symbol.asyncDispose]: () => (closing ??= cleanup.run()),

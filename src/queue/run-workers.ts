@@ -1,5 +1,5 @@
 import { DelayedError, UnrecoverableError, Worker, type Job } from 'bullmq';
-import type { RunExecutor } from '../engine/run-queue.js';
+import type { RunExecutor, RunLane } from '../engine/run-queue.js';
 import { systemClock, type Clock } from '../lib/clock.js';
 import { withDeadline } from '../lib/deadline.js';
 import { AppError, isErrorCode, toAppError } from '../lib/errors.js';
@@ -8,6 +8,7 @@ import { connectForWorkers, DEFAULT_PREFIX, type QueueConnection } from './conne
 import {
   checkHandlers,
   JOB_LOCK_MS,
+  LANE_QUEUES,
   LATER_MS,
   MAX_STALLED_COUNT,
   QUEUES,
@@ -20,8 +21,8 @@ const LEAVE_TIMEOUT_MS = 2000;
 
 export interface RunWorkersOptions {
   connection: QueueConnection;
-  /** Runs executed at the same time. */
-  concurrency: number;
+  /** Runs executed at the same time, in each lane. */
+  concurrency: Record<RunLane, number>;
   execute: RunExecutor;
   logger: Logger;
   clock?: Clock;
@@ -41,16 +42,26 @@ export interface RunWorkers {
 
 /** Starts to take jobs at once; when Redis is away, as soon as it is there. */
 export function startRunWorkers(options: RunWorkersOptions): RunWorkers {
-  const handlers: QueueHandler[] = [
-    { queue: 'runs', handle: ({ runId }, signal) => options.execute(runId, signal) },
-  ];
+  const { concurrency } = options;
+  const lanes = Object.keys(LANE_QUEUES) as RunLane[];
+  const handlers: QueueHandler[] = lanes.map((lane) => ({
+    queue: LANE_QUEUES[lane],
+    concurrency: concurrency[lane],
+    handle: ({ runId }, signal) => options.execute(runId, signal),
+  }));
   checkHandlers(handlers);
   const started = handlers.map((handler) => startWorker(handler, options));
   let stopping: Promise<void> | undefined;
   return {
-    stop: (timeoutMs) =>
-      (stopping ??= Promise.all(started.map((worker) => worker.stop(timeoutMs))).then(() => undefined)),
+    stop: (timeoutMs) => (stopping ??= stopAll(started, timeoutMs)),
   };
+}
+
+/** Not over before each is: what the runs of one lane use must stay when the other lane fails at once. */
+async function stopAll(workers: RunWorkers[], timeoutMs: number): Promise<void> {
+  const stops = await Promise.allSettled(workers.map((worker) => worker.stop(timeoutMs)));
+  const failed = stops.find((stop) => stop.status === 'rejected');
+  if (failed !== undefined) throw toAppError(failed.reason);
 }
 
 function startWorker(handler: QueueHandler, options: RunWorkersOptions): RunWorkers {
@@ -73,7 +84,7 @@ function startWorker(handler: QueueHandler, options: RunWorkersOptions): RunWork
   const worker = new Worker<unknown, void>(handler.queue, process, {
     connection: connection.redis,
     prefix: options.connection.prefix ?? DEFAULT_PREFIX,
-    concurrency: options.concurrency,
+    concurrency: handler.concurrency,
     lockDuration: options.jobLockMs ?? JOB_LOCK_MS,
     stalledInterval: options.stalledCheckMs ?? STALLED_CHECK_MS,
     maxStalledCount: MAX_STALLED_COUNT,

@@ -1,6 +1,7 @@
 import { z } from 'zod';
+import { isUlid } from '../lib/id.js';
 import { parseNbdUri } from '../nbd/uri.js';
-import type { DiskSource, VmSource } from './source.js';
+import type { ChangeTracking, DiskSource, VmSource } from './source.js';
 
 const changeTracking = z.enum(['auto', 'bitmap', 'compare']);
 /** A NUL would cut a path short in C. */
@@ -29,6 +30,14 @@ const imageSchema = z.strictObject({
   changeTracking: changeTracking.default('auto'),
 });
 
+const volumeSchema = z.strictObject({
+  kind: z.literal('volume'),
+  volumeId: z.string().refine(isUlid, 'must be the id of a volume'),
+  changeTracking: changeTracking.default('auto'),
+});
+
+const pushSchema = z.strictObject({ kind: z.literal('push'), sizeBytes: z.int().min(1) });
+
 const machineDiskSchema = z.strictObject({
   kind: z.enum(['libvirt', 'qemu']),
   target: z.string().min(1).max(255),
@@ -36,7 +45,13 @@ const machineDiskSchema = z.strictObject({
   changeTracking: changeTracking.default('auto'),
 });
 
-const schema = z.discriminatedUnion('kind', [nbdSchema, imageSchema, machineDiskSchema]);
+const schema = z.discriminatedUnion('kind', [
+  nbdSchema,
+  imageSchema,
+  volumeSchema,
+  pushSchema,
+  machineDiskSchema,
+]);
 
 const vmSchema = z.discriminatedUnion('kind', [
   z.strictObject({ kind: z.literal('libvirt'), uri: z.string().min(1).max(1024), uuid: z.uuid() }),
@@ -53,6 +68,11 @@ export function parseDiskSource(value: unknown): DiskSource {
   const source = schema.parse(value);
   if (source.kind === 'nbd') parseNbdUri(source.uri);
   return dropUndefined(source);
+}
+
+/** A disk that is never read here leaves nothing to choose. */
+export function trackingOf(source: DiskSource): ChangeTracking {
+  return 'changeTracking' in source ? source.changeTracking : 'auto';
 }
 
 /** zod marks absent keys as undefined; exact optional types do not allow that. */

@@ -52,6 +52,11 @@ function readerOf({ name, source }: SourceDisk, { settings, place }: SourceOptio
       return openNbdReader(source, settings.nbd);
     case 'image':
       return openImageReader(source, { connections: settings.nbd.connections, ...place });
+    case 'push':
+      throw new AppError(
+        'CONFLICT',
+        `disk ${name} is only pushed by an agent: nothing can be read of it here`,
+      );
     default:
       throw machineDisk(name, source);
   }

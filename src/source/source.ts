@@ -1,10 +1,11 @@
 import type { AppError } from '../lib/errors.js';
 import type { Consistency } from '../lib/consistency.js';
 import type { CopySessionOptions } from '../nbd/index.js';
-import type { DiskId, PointId, RepositoryId, RunId, VmId } from '../lib/id.js';
+import type { DiskId, PointId, RepositoryId, RunId, VmId, VolumeId } from '../lib/id.js';
 
 /** Where one disk is read, as the administrator configured it or discovery found it. Stored as JSON with the disk. */
-export type DiskSource = NbdDiskSource | ImageDiskSource | MachineDiskSource;
+export type DiskSource =
+  NbdDiskSource | ImageDiskSource | VolumeDiskSource | PushDiskSource | MachineDiskSource;
 
 /**
  * `bitmap`: a dirty bitmap is expected; when it is missing or inconsistent the next run is a full.
@@ -26,6 +27,20 @@ export interface ImageDiskSource {
   path: string;
   format: 'raw' | 'qcow2';
   changeTracking: ChangeTracking;
+}
+
+/** A registered block device of this host. Whoever knows the registry makes an image source of it for each use. */
+export interface VolumeDiskSource {
+  kind: 'volume';
+  volumeId: VolumeId;
+  changeTracking: ChangeTracking;
+}
+
+/** A disk that only an agent reads, which pushes it in. Nothing can be pulled from it. */
+export interface PushDiskSource {
+  kind: 'push';
+  /** Exact, as it was stated last. */
+  sizeBytes: number;
 }
 
 /** A disk of a discovered machine: read through the machine's own source, together with its other disks. */

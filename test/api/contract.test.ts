@@ -111,6 +111,14 @@ test('the views of the engine and the schemas have the same keys, so that no ans
   expectTypeOf<KeysDeep<views.ChainView>>().toEqualTypeOf<KeysDeep<Schemas['Chain']>>();
   expectTypeOf<KeysDeep<views.BackupStats>>().toEqualTypeOf<KeysDeep<Schemas['BackupStats']>>();
   expectTypeOf<KeysDeep<views.RunView>>().toEqualTypeOf<KeysDeep<Schemas['Run']>>();
+  expectTypeOf<KeysDeep<views.PushDiskView>>().toEqualTypeOf<KeysDeep<Schemas['PushDisk']>>();
+  expectTypeOf<KeysDeep<views.ExportView>>().toEqualTypeOf<KeysDeep<Schemas['Export']>>();
+  expectTypeOf<KeysDeep<views.ExportDaemonView>>().toEqualTypeOf<KeysDeep<Schemas['ExportDaemon']>>();
+  expectTypeOf<KeysDeep<views.VolumeView>>().toEqualTypeOf<KeysDeep<Schemas['Volume']>>();
+  expectTypeOf<KeysDeep<views.FoundDeviceView>>().toEqualTypeOf<KeysDeep<Schemas['FoundDevice']>>();
+  expectTypeOf<KeysDeep<views.OperationView>>().toEqualTypeOf<KeysDeep<Schemas['Operation']>>();
+  expectTypeOf<views.RunKind>().toEqualTypeOf<Schemas['RunKind']>();
+  expectTypeOf<Plain<views.RunView>['request']['kind']>().toEqualTypeOf<Schemas['RunRequest']['kind']>();
   expectTypeOf<KeysDeep<views.RunEvent>>().toEqualTypeOf<KeysDeep<Schemas['RunEvent']>>();
   expectTypeOf<KeysDeep<views.TokenView>>().toEqualTypeOf<KeysDeep<Schemas['Token']>>();
   expectTypeOf<KeysDeep<views.DoctorFinding>>().toEqualTypeOf<KeysDeep<Schemas['DoctorFinding']>>();

@@ -1,4 +1,4 @@
-import { EventEmitter, on } from 'node:events';
+import { once } from 'node:events';
 import type {
   Actor,
   BackupRequest,
@@ -9,8 +9,10 @@ import type {
   MachineRestoreRequest,
   NewRepository,
   NewVm,
+  PushCompletion,
+  PushReport,
+  PushRequest,
   RestoreRequest,
-  RunFilter,
 } from '../../src/engine/engine.js';
 import {
   ENDED_STATES,
@@ -22,9 +24,8 @@ import {
   type DoctorFinding,
   type Page,
   type PageRequest,
+  type PushDiskView,
   type RepositoryView,
-  type RunEvent,
-  type RunRequest,
   type RunView,
   type TokenView,
   type VmView,
@@ -35,28 +36,35 @@ import {
   type DiskId,
   type PointId,
   type RepositoryId,
-  type RunId,
   type TokenId,
   type VmId,
 } from '../../src/lib/id.js';
-import { discover, estimate, find, FOUND, GIB, newPoint, NOW, pageOf, release, WELL } from './fake-views.js';
+import { FakeAttachments } from './fake-attachments.js';
+import {
+  discover,
+  estimate,
+  find,
+  FOUND,
+  GIB,
+  newPoint,
+  newPush,
+  NOW,
+  pageOf,
+  release,
+  WELL,
+} from './fake-views.js';
 
 /** The use cases in memory: runs stand still until a test moves them with `moveRun`. */
-export class FakeEngine implements Engine {
+export class FakeEngine extends FakeAttachments implements Engine {
   readonly secrets = new Map<string, Actor>();
   readonly repositories: RepositoryView[] = [];
   readonly vms: VmView[] = [];
   readonly points: BackupView[] = [];
-  readonly runs: RunView[] = [];
-  readonly runLog: RunEvent[] = [];
   readonly tokens: TokenView[] = [];
-  readonly requests: unknown[] = [];
   readonly #idempotent = new Map<
     string,
     { hash: string; answer: { status: number; body: unknown } | null }
   >();
-  readonly #changes = new EventEmitter();
-  watchers = 0;
   components: ComponentHealth[] = structuredClone(WELL);
   findings: DoctorFinding[] = structuredClone(FOUND);
   /** Thrown by the next call of any listing. */
@@ -68,6 +76,7 @@ export class FakeEngine implements Engine {
       list.length = 0;
     }
     const [first] = this.secrets;
+    this.resetAttachments();
     this.tokens.length = 1;
     this.secrets.clear();
     if (first !== undefined) this.secrets.set(...first);
@@ -75,6 +84,7 @@ export class FakeEngine implements Engine {
     this.components = structuredClone(WELL);
     this.findings = structuredClone(FOUND);
     this.fault = null;
+    this.isPushSlow = false;
   }
 
   addToken(name: string): string {
@@ -121,11 +131,11 @@ export class FakeEngine implements Engine {
     options: { content: boolean; vmId: VmId | null; pointId: PointId | null },
   ): Promise<RunView> {
     find(this.repositories, id, 'repository');
-    return this.#addRun({ kind: 'check', ...options }, { repositoryId: id });
+    return this.addRun({ kind: 'check', ...options }, { repositoryId: id });
   }
   async rescanRepository(id: RepositoryId): Promise<RunView> {
     find(this.repositories, id, 'repository');
-    return this.#addRun({ kind: 'rescan' }, { repositoryId: id });
+    return this.addRun({ kind: 'rescan' }, { repositoryId: id });
   }
 
   async addVm(input: NewVm): Promise<VmView> {
@@ -184,11 +194,49 @@ export class FakeEngine implements Engine {
       });
     }
     const { type, bitmaps, bytesPerSecond, consistency, disks, vmId, repositoryId } = input;
-    return this.#addRun(
+    return this.addRun(
       { kind: 'backup', type, bitmaps, bytesPerSecond, consistency, disks },
       { vmId, repositoryId, pointId: newId<PointId>() },
     );
   }
+
+  /** Where set, the exports of a push are only there when the client has stopped waiting. */
+  isPushSlow = false;
+
+  async requestPush(input: PushRequest, _actor: Actor, signal: AbortSignal): Promise<RunView> {
+    this.requests.push(input);
+    const vm = find(this.vms, input.vmId, 'virtual machine');
+    const { type, consistency, identity, vmId, repositoryId } = input;
+    const disks = input.disks.map(({ disk, ...rest }) => ({
+      diskId: vm.disks.find(({ id, name }) => id === disk || name === disk)!.id,
+      ...rest,
+    }));
+    const { id } = this.addRun(
+      { kind: 'push', type, consistency, identity, disks },
+      { vmId, repositoryId, pointId: newId<PointId>() },
+    );
+    if (this.isPushSlow) await once(signal, 'abort');
+    return this.moveRun(id, {
+      state: 'running',
+      progress: { share: null, bytesPerSecond: 0, etaSeconds: null, disks: [], push: newPush(vm) },
+    });
+  }
+  async reportPush(id: PointId, reports: PushReport[]): Promise<RunView> {
+    this.requests.push(reports);
+    return this.#pushOf(id);
+  }
+  async completePushDisk(id: PointId, diskId: DiskId, completion: PushCompletion): Promise<PushDiskView> {
+    this.requests.push(completion);
+    const disk = this.#pushOf(id).progress.push!.disks.find((one) => one.diskId === diskId);
+    if (disk === undefined) throw new AppError('NOT_FOUND', 'the backup has no such disk');
+    return Object.assign(disk, { isCompleted: true, changeIdTo: completion.changeId });
+  }
+  #pushOf(id: PointId): RunView {
+    const run = this.runs.find(({ pointId, progress }) => pointId === id && progress.push !== null);
+    if (run?.state !== 'running') throw new AppError('RUN_NOT_ACTIVE', 'the backup has ended');
+    return run;
+  }
+
   async listBackups(
     filter: { vmId?: VmId | undefined; repositoryId?: RepositoryId | undefined },
     page: PageRequest,
@@ -242,14 +290,14 @@ export class FakeEngine implements Engine {
         details: { dependents },
       });
     }
-    return this.#addRun({ kind: 'delete' }, { vmId: point.vmId, pointId: id });
+    return this.addRun({ kind: 'delete' }, { vmId: point.vmId, pointId: id });
   }
 
   async requestRestore(input: RestoreRequest): Promise<RunView> {
     this.requests.push(input);
     const point = await this.getBackup(input.pointId);
     const { disks, overwrite, acceptDamage } = input;
-    return this.#addRun(
+    return this.addRun(
       { kind: 'restore', disks, overwrite, acceptDamage, machine: null },
       { vmId: point.vmId, pointId: point.id },
     );
@@ -258,52 +306,10 @@ export class FakeEngine implements Engine {
     this.requests.push(input);
     const { id: pointId, vmId } = await this.getBackup(input.pointId);
     const { machine, acceptDamage } = input;
-    return this.#addRun(
+    return this.addRun(
       { kind: 'restore', disks: [], overwrite: false, acceptDamage, machine },
       { vmId, pointId },
     );
-  }
-
-  async listRuns(filter: RunFilter, page: PageRequest): Promise<Page<RunView>> {
-    const runs = this.runs.filter(
-      (run) =>
-        (filter.kind ?? run.kind) === run.kind &&
-        (filter.state ?? run.state) === run.state &&
-        (filter.vmId ?? run.vmId) === run.vmId,
-    );
-    return pageOf(runs, page);
-  }
-  async getRun(id: RunId): Promise<RunView> {
-    return find(this.runs, id, 'run');
-  }
-  async getRunLog(id: RunId, afterSequence: number, limit: number): Promise<RunEvent[]> {
-    find(this.runs, id, 'run');
-    return this.runLog.filter((event) => event.sequence > afterSequence).slice(0, limit);
-  }
-  async cancelRun(id: RunId): Promise<RunView> {
-    const run = await this.getRun(id);
-    if (ENDED_STATES.includes(run.state)) throw new AppError('RUN_NOT_ACTIVE', 'the run has ended');
-    return this.moveRun(id, {
-      isCancelRequested: true,
-      ...(run.state === 'queued' ? { state: 'cancelled' } : {}),
-    });
-  }
-  async *watchRun(id: RunId, signal: AbortSignal): AsyncIterable<RunView> {
-    this.watchers += 1;
-    try {
-      // Listening begins before the first look, so that no change falls between the two.
-      const changes = on(this.#changes, id, { signal });
-      let run = await this.getRun(id);
-      yield run;
-      if (ENDED_STATES.includes(run.state)) return;
-      for await (const [change] of changes as AsyncIterable<[RunView]>) {
-        run = change;
-        yield run;
-        if (ENDED_STATES.includes(run.state)) return;
-      }
-    } finally {
-      this.watchers -= 1;
-    }
   }
 
   async createToken(name: string): Promise<{ token: TokenView; secret: string }> {
@@ -345,15 +351,6 @@ export class FakeEngine implements Engine {
     return this.findings;
   }
 
-  /** Changes a run and tells its watchers. */
-  moveRun(id: string, change: Partial<RunView>): RunView {
-    const index = this.runs.findIndex((run) => run.id === id);
-    const run = { ...this.runs[index]!, ...change };
-    this.runs[index] = run;
-    this.#changes.emit(id, run);
-    return run;
-  }
-
   /** A committed point of the machine. */
   addPoint(vm: VmView, type: 'full' | 'incremental' = 'full'): BackupView {
     const point = newPoint(vm, {
@@ -363,33 +360,6 @@ export class FakeEngine implements Engine {
     });
     this.points.unshift(point);
     return point;
-  }
-
-  #addRun(
-    request: RunRequest,
-    facts: { vmId?: VmId; repositoryId?: RepositoryId; pointId?: PointId },
-  ): RunView {
-    const run: RunView = {
-      id: newId<RunId>(),
-      kind: request.kind,
-      state: 'queued',
-      stage: null,
-      vmId: facts.vmId ?? null,
-      repositoryId: facts.repositoryId ?? null,
-      pointId: facts.pointId ?? null,
-      attempt: 1,
-      createdAt: NOW,
-      startedAt: null,
-      endedAt: null,
-      isStalled: false,
-      isCancelRequested: false,
-      progress: { share: null, bytesPerSecond: 0, etaSeconds: null, disks: [] },
-      error: null,
-      request,
-      result: null,
-    };
-    this.runs.unshift(run);
-    return run;
   }
 
   #failOnRequest(): void {

@@ -1,19 +1,25 @@
-import type { DiscoverRequest } from '../../src/engine/engine.js';
+import type { DiscoverRequest, ExportRequest } from '../../src/engine/engine.js';
 import type {
   BackupEstimate,
   BackupView,
   ComponentHealth,
   DiskEstimate,
   DoctorFinding,
+  ExportDaemonView,
+  ExportView,
+  FoundDeviceView,
   MachineView,
   Page,
   PageRequest,
+  PushDiskView,
+  PushView,
   VmView,
 } from '../../src/engine/types.js';
 import { AppError } from '../../src/lib/errors.js';
 import {
   newId,
   type DiskId,
+  type ExportId,
   type LayerId,
   type PointId,
   type RepositoryId,
@@ -150,5 +156,115 @@ export function newPoint(
     committedAt: NOW,
     fileBytes: GIB * layers.length,
     layers,
+  };
+}
+
+/** An export as it is once clients can read it. */
+export function newExport(input: ExportRequest): ExportView {
+  const id = newId<ExportId>();
+  const name =
+    input.pointId === null
+      ? `migration-vol-${(input.volumeId ?? '').toLowerCase()}`
+      : `backup-web-01-disk0-full-20261121T090000Z-${id.slice(-8).toLowerCase()}`;
+  return {
+    id,
+    name,
+    kind: input.pointId === null ? 'volume' : 'point',
+    state: 'published',
+    pointId: input.pointId,
+    diskId: input.pointId === null ? null : newId<DiskId>(),
+    runId: null,
+    volumeId: input.volumeId,
+    isReadOnly: input.isReadOnly,
+    sizeBytes: 8 * GIB,
+    uris: [`nbd://127.0.0.1:10809/${name}`, `nbd+unix:///${name}?socket=%2Frun%2Fnbd.sock`],
+    identity: input.identity,
+    imagePath: input.overlayPath ?? '/repo/layer.qcow2',
+    createdAt: NOW,
+    expiresAt: input.ttlSeconds === 0 ? null : NOW,
+    materialization: null,
+    problem: null,
+  };
+}
+
+export const DAEMON: ExportDaemonView = {
+  isRunning: true,
+  status: {
+    version: 1,
+    pid: 4711,
+    processStartTime: '123456',
+    startedAt: NOW,
+    exportsDirectory: '/etc/holdfast/exports.d',
+    generation: 3,
+    appliedAt: NOW,
+    readAtMs: 1234.5,
+    listeners: [
+      {
+        ...{ id: 'tcp', address: { kind: 'tcp', host: '127.0.0.1', port: 10809 }, tls: 'psk' },
+        ...{ state: 'up', pid: 4712, restarts: 1, error: null },
+      },
+      {
+        ...{ id: 'unix', address: { kind: 'unix', path: '/run/nbd.sock' }, tls: 'none' },
+        ...{ state: 'down', pid: null, restarts: 0 },
+        error: { code: 'INTERNAL', message: 'it ended' },
+      },
+    ],
+    files: [
+      {
+        ...{ file: 'a.conf', digest: 'd1', name: 'a', state: 'served', listeners: ['tcp'] },
+        ...{ sizeBytes: GIB, format: 'qcow2', isReadOnly: false, description: null, error: null },
+        materialize: { state: 'running', doneBytes: 1, totalBytes: GIB, error: null },
+      },
+      {
+        ...{ file: 'b.conf', digest: 'd2', name: null, state: 'failed', listeners: [] },
+        ...{ sizeBytes: null, format: null, isReadOnly: null, description: null, materialize: null },
+        error: { code: 'INVALID_INPUT', message: 'format must be stated' },
+      },
+    ],
+    events: [{ at: NOW, kind: 'storage-daemon-restarted', listener: 'tcp', message: 'with 2 exports' }],
+  },
+  problem: null,
+};
+
+export const FOUND_DEVICES: FoundDeviceView[] = [
+  {
+    ...{ devicePath: '/dev/sdb', deviceNumber: '8:16', type: 'disk', sizeBytes: 8 * GIB, model: 'QEMU DISK' },
+    ...{ identities: ['wwn:0x5000c500a1b2c3d4', 'serial:QEMU_1'], inUseBy: [], volumeId: null },
+  },
+  {
+    ...{ devicePath: '/dev/loop0', deviceNumber: '7:0', type: 'loop', sizeBytes: GIB, model: null },
+    ...{ identities: [], inUseBy: ['mounted on /mnt'], volumeId: null },
+  },
+];
+
+/** What the agent of a push gets: the first disk whole, the others by what changed. */
+export function newPush({ disks }: VmView): PushView {
+  const list = disks.map((disk, index): PushDiskView => {
+    const exportName = `backup-web-01-disk${disk.number}-full-20261121T090000Z-0000000${index}`;
+    return {
+      diskId: disk.id,
+      diskName: disk.name,
+      number: disk.number,
+      exportId: newId<ExportId>(),
+      exportName,
+      uris: [`nbd://127.0.0.1:10809/${exportName}`],
+      sizeBytes: disk.sizeBytes,
+      method: index === 0 ? 'full' : 'bitmap',
+      reason:
+        index === 0
+          ? { code: 'FIRST_POINT', sentence: 'There is no point to stand on.' }
+          : { code: 'BITMAP', sentence: 'It counts from the last point.' },
+      changeIdFrom: index === 0 ? null : 'holdfast-1',
+      parentSizeBytes: index === 0 ? null : disk.sizeBytes,
+      isCompleted: false,
+      changeIdTo: null,
+    };
+  });
+  return {
+    exports: list.map(({ diskName, uris }) => `${diskName}=${uris[0]}`).join(' '),
+    hash: 'xxh3-128',
+    clusterBytes: 65_536,
+    silenceMs: 300_000,
+    disks: list,
   };
 }

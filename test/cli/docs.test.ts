@@ -25,18 +25,24 @@ async function commandsOf(group: string[]): Promise<string[]> {
     .filter((name): name is string => name !== undefined && name !== 'help');
 }
 
+const GROUPS = [
+  ...['repository', 'vm', 'backup', 'restore', 'export', 'export identity', 'volume', 'operation', 'run'],
+  ...['token', 'config'],
+];
+
 describe('the command reference', () => {
   const reference = read('reference/cli.md');
 
   test('names every command and every option', async () => {
-    for (const group of ['repository', 'vm', 'backup', 'restore', 'run', 'token', 'config']) {
-      const commands = await commandsOf([group]);
+    for (const group of GROUPS) {
+      const words = group.split(' ');
+      const commands = await commandsOf(words);
       expect(commands.length).toBeGreaterThan(0);
       for (const command of commands) {
         expect(reference, `${group} ${command}`).toMatch(
           new RegExp(`holdfast ${group} (?:[^\\n]*\\| )?${command}\\b`),
         );
-        const { stdout } = await cli.run([group, command, '--help']);
+        const { stdout } = await cli.run([...words, command, '--help']);
         const options = [...stdout.matchAll(/^ {2}(--[a-z-]+)/gm)].map((match) => match[1]!);
         const shared = ['--limit', '--cursor'];
         for (const option of options.filter((name) => !shared.includes(name))) {

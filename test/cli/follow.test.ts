@@ -41,6 +41,7 @@ function progressOf(run: RunView, diskId: string, doneBytes: number): Partial<Ru
           reason: { code: 'FIRST_POINT', sentence: 'There is no point to stand on.' },
         },
       ],
+      push: null,
     },
   };
 }

@@ -36,6 +36,7 @@ describe('loadConfig', () => {
       redis: { kind: 'managed', url: null },
       runs: {
         workers: 2,
+        attendedWorkers: 64,
         attempts: 3,
         backoffMs: 10_000,
         heartbeatMs: 5000,
@@ -45,6 +46,19 @@ describe('loadConfig', () => {
         progressIntervalMs: 2000,
       },
       nbd: { connectTimeoutMs: 10_000, requestTimeoutMs: 30_000, stallTimeoutMs: 60_000, connections: 2 },
+      exports: {
+        directory: '/etc/holdfast/exports.d',
+        pidFile: '/run/holdfast-exportd/exportd.pid',
+        statusFile: '/run/holdfast-exportd/status.json',
+        identitiesDirectory: null,
+        overlayDirectory: '/var/lib/holdfast-overlays',
+        advertisedHost: null,
+        ownPortsFrom: 10_810,
+        ownPorts: 100,
+        publishTimeoutMs: 30_000,
+        defaultTtlSeconds: 86_400,
+      },
+      push: { silenceMs: 300_000 },
       api: { maxBodyBytes: 1_048_576 },
     });
     expect(Object.isFrozen(config)).toBe(true);
@@ -118,6 +132,14 @@ describe('what is refused, with the key and the file named', () => {
       'nbd.requestBytes',
     ],
     ['a prefix with other characters', 'redis: { prefix: "a:b" }', 'redis.prefix'],
+    ['a host with a scheme', 'exports: { advertisedHost: "nbd://backup" }', 'exports.advertisedHost'],
+    ['a host with a path', 'exports: { advertisedHost: "backup/x" }', 'exports.advertisedHost'],
+    [
+      'a time to live of more than a year',
+      'exports: { defaultTtlSeconds: 31536001 }',
+      'exports.defaultTtlSeconds',
+    ],
+    ['a silence below a second', 'push: { silenceMs: 999 }', 'push.silenceMs'],
     ['a URL of another scheme', 'database: { url: "http://db/x" }', 'database.url'],
   ];
   it.each(cases)('%s', async (_what, text, key) => {
@@ -174,6 +196,19 @@ describe('what is refused, with the key and the file named', () => {
     }
     await expect(load({ HOLDFAST_REDIS_SOCKET_PATH: `/${'a'.repeat(107)}` })).rejects.toMatchObject({
       details: { key: 'redis.socketPath' },
+    });
+  });
+
+  it('more ports than there are above the first one', async () => {
+    const from = (first: number, count: number) =>
+      load({
+        HOLDFAST_EXPORTS_OWN_PORTS_FROM: String(first),
+        HOLDFAST_EXPORTS_OWN_PORTS: String(count),
+      });
+    expect((await from(65_534, 2)).exports).toMatchObject({ ownPortsFrom: 65_534, ownPorts: 2 });
+    await expect(from(65_534, 3)).rejects.toMatchObject({
+      code: 'CONFIG_INVALID',
+      details: { key: 'exports.ownPorts' },
     });
   });
 

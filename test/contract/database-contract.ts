@@ -1,9 +1,12 @@
 import { afterAll, beforeAll, describe, it } from 'vitest';
 import type { Database } from '../../src/db/index.js';
+import { describeExportTable } from './database-export-contract.js';
 import { describeIndexTables } from './database-index-contract.js';
 import { describeMachineTables } from './database-machine-contract.js';
+import { describePushDiskTable } from './database-push-contract.js';
 import { describeRunTables } from './database-run-contract.js';
 import { describeSmallTables } from './database-small-contract.js';
+import { describeVolumeTable } from './database-volume-contract.js';
 
 /** One database for a suite, and a way to open it once more, as another process would. */
 export interface DatabaseUnderTest extends AsyncDisposable {
@@ -50,5 +53,8 @@ export function describeDatabase(name: string, make: () => Promise<DatabaseUnder
     describeMachineTables(handles);
     describeRunTables(handles);
     describeIndexTables(handles);
+    describeExportTable(handles);
+    describePushDiskTable(handles);
+    describeVolumeTable(handles);
   });
 }

@@ -1,5 +1,6 @@
 import {
   type DiskId,
+  type ExportId,
   type LayerId,
   newId,
   type PointId,
@@ -7,16 +8,20 @@ import {
   type RunId,
   type TokenId,
   type VmId,
+  type VolumeId,
 } from '../../src/lib/id.js';
 import type { PointManifest } from '../../repository/index.js';
 import type {
   Database,
+  DeviceMappingRow,
+  ExportRow,
   LayerRow,
   PointRow,
   RepositoryRow,
   RunRow,
   TokenRow,
   VmRow,
+  VolumeRow,
 } from '../../src/db/index.js';
 
 /** A time on a fixed day, so many milliseconds after midnight. */
@@ -82,6 +87,51 @@ export function runRow(change: Partial<RunRow> = {}): RunRow {
 export function tokenRow(change: Partial<TokenRow> = {}): TokenRow {
   const id = newId<TokenId>();
   return { id, name: 'admin', hash: id.padStart(64, '0'), createdAt: time(0), lastUsedAt: null, ...change };
+}
+
+export function exportRow(change: Partial<ExportRow> = {}): ExportRow {
+  const id = newId<ExportId>();
+  return {
+    id,
+    name: `export-${id}`,
+    kind: 'point',
+    state: 'publishing',
+    pointId: null,
+    diskId: null,
+    runId: null,
+    volumeId: null,
+    createdAt: time(0),
+    expiresAt: null,
+    facts: { isReadOnly: true },
+    ...change,
+  };
+}
+
+export function volumeRow(change: Partial<VolumeRow> = {}): VolumeRow {
+  const id = newId<VolumeId>();
+  return {
+    id,
+    name: `volume ${id}`,
+    provider: 'host',
+    identity: `wwn:${id}`,
+    sizeBytes: 2 ** 43 + 1,
+    createdAt: time(0),
+    facts: { model: 'LUN' },
+    mapping: null,
+    ...change,
+  };
+}
+
+/** A device that no other mapping of the tests has. */
+export function mappingRow(change: Partial<DeviceMappingRow> = {}): DeviceMappingRow {
+  const id = newId();
+  return {
+    devicePath: `/dev/${id}`,
+    deviceNumber: `8:${id}`,
+    attachedAt: time(1),
+    verifiedAt: time(1),
+    ...change,
+  };
 }
 
 export interface PointEntry {

@@ -1,18 +1,15 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
-import pino from 'pino';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { openDatabase, type Database, type RunRow } from '../../src/db/index.js';
-import type { EngineContext } from '../../src/engine/context.js';
+import type { Database, RunRow } from '../../src/db/index.js';
 import { createRecovery, recoveryIntervalMs, type Recovery } from '../../src/engine/recovery.js';
-import { systemClock, toTimestamp, type Clock } from '../../src/lib/clock.js';
-import { AppError } from '../../src/lib/errors.js';
-import { newId, type ApplianceId, type RunId } from '../../src/lib/id.js';
-import { ChildRegistry } from '../../src/lib/process.js';
+import { toTimestamp, type Clock } from '../../src/lib/clock.js';
+import type { RunId } from '../../src/lib/id.js';
 import { runRow } from '../contract/database-fixture.js';
+import { openEngineContext, SETTINGS } from './engine-context.js';
 
-const ABANDONED_AFTER_MS = 2000;
+const ABANDONED_AFTER_MS = SETTINGS.runs.abandonedAfterMs;
 const LONG_AGO_MS = 60_000;
 
 describe('recovery of runs without a heartbeat', () => {
@@ -25,28 +22,9 @@ describe('recovery of runs without a heartbeat', () => {
 
   beforeEach(async () => {
     directory = await mkdtemp(path.join(os.tmpdir(), 'hf-recovery-'));
-    const logger = pino({ level: 'silent' });
-    db = await openDatabase(
-      { kind: 'sqlite', file: path.join(directory, 'holdfast.db') },
-      { logger, clock: systemClock },
-    );
-    await db.migrate();
     nowMs = Date.UTC(2026, 10, 21);
-    const nothing = (): Promise<never> => Promise.reject(new AppError('INTERNAL', 'not used here'));
-    const context: EngineContext = {
-      db,
-      queue: { add: nothing, clear: nothing, ping: nothing, [Symbol.asyncDispose]: () => Promise.resolve() },
-      repositories: { open: nothing, look: nothing },
-      clock,
-      logger,
-      applianceId: newId<ApplianceId>(),
-      workerId: 'this worker',
-      settings: { runs: { ...RUNS, abandonedAfterMs: ABANDONED_AFTER_MS }, nbd: NBD, snapshot: SNAPSHOT },
-      stateDirectory: directory,
-      runtimeDirectory: directory,
-      socketDirectory: directory,
-      registry: new ChildRegistry(directory),
-    };
+    const context = await openEngineContext(directory, { clock });
+    db = context.db;
     recovery = createRecovery(context, { get: (id) => active.get(id) }, { remove: () => Promise.resolve() });
   });
   afterEach(async () => {
@@ -91,33 +69,6 @@ describe('recovery of runs without a heartbeat', () => {
   });
 });
 
-const RUNS = {
-  attempts: 1,
-  backoffMs: 100,
-  heartbeatMs: 300,
-  abandonedAfterMs: ABANDONED_AFTER_MS,
-  stalledAfterMs: 1000,
-  failStalledAfterMs: 1000,
-  progressIntervalMs: 100,
-};
-const SNAPSHOT = {
-  scratchDirectory: '/nowhere',
-  scratchKeepFreePercent: 20,
-  scratchKeepFreeBytes: 1,
-  commandTimeoutMs: 1,
-  agentTimeoutMs: 1,
-  freezeLimitMs: 1,
-  cbwTimeoutMs: 1,
-};
-const NBD = {
-  connectTimeoutMs: 1000,
-  requestTimeoutMs: 1000,
-  stallTimeoutMs: 1000,
-  connections: 1,
-  requestBytes: 65_536,
-  requestsInFlight: 1,
-};
-
 it.each([
   [30_000, 5000, 15_000],
   [2000, 300, 1000],
@@ -126,7 +77,7 @@ it.each([
   'looks often enough for a silence of %i ms and a heartbeat of %i ms',
   (abandonedAfterMs, heartbeatMs, interval) => {
     expect(
-      recoveryIntervalMs({ runs: { ...RUNS, abandonedAfterMs, heartbeatMs }, nbd: NBD, snapshot: SNAPSHOT }),
+      recoveryIntervalMs({ ...SETTINGS, runs: { ...SETTINGS.runs, abandonedAfterMs, heartbeatMs } }),
     ).toBe(interval);
   },
 );

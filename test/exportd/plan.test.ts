@@ -6,7 +6,10 @@ import type { ExportDefinition } from '../../src/exports/index.js';
 import { AppError } from '../../src/lib/errors.js';
 
 function definition(name: string, imagePath = '/disk'): ExportDefinition {
-  return { name, imagePath, format: 'raw', isReadOnly: true, sizeBytes: null, description: null, own: null };
+  return {
+    ...{ name, imagePath, format: 'raw', isReadOnly: true, sizeBytes: null, description: null },
+    ...{ materialize: false, own: null },
+  };
 }
 
 function scanned(file: string, content: ScannedFile['content'], modifiedMs = 1): ScannedFile {
@@ -52,6 +55,14 @@ describe('planReload', () => {
     expect(summary(changed)).toEqual({ all: ['a.conf'], add: ['a.conf'], remove: ['a.conf'], failed: [] });
     const bad = planReload(entries, [scanned('a.conf', new AppError('INVALID_INPUT', 'bad'))]);
     expect(summary(bad)).toEqual({ all: ['a.conf'], add: [], remove: ['a.conf'], failed: ['a.conf'] });
+  });
+
+  test('that an image is to stand alone is no change of what is served', () => {
+    const { entries } = planReload(NOTHING, [scanned('a.conf', definition('a'))]);
+    const asked = planReload(entries, [scanned('a.conf', { ...definition('a'), materialize: true })]);
+    expect(summary(asked)).toEqual({ all: ['a.conf'], add: [], remove: [], failed: [] });
+    expect(asked.entries.get('a.conf')).toBe(entries.get('a.conf'));
+    expect(asked.entries.get('a.conf')?.definition?.materialize).toBe(true);
   });
 
   test('what failed is tried again', () => {

@@ -1,4 +1,4 @@
-import { mkdtemp, readdir, readFile, rm } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
 import fc from 'fast-check';
@@ -8,7 +8,9 @@ import {
   digestExportFile,
   formatExportFile,
   parseExportFile,
+  readExportFile,
   removeExportFile,
+  replaceExportFile,
   type ExportDefinition,
 } from '../../src/exports/index.js';
 
@@ -19,6 +21,7 @@ const DEFINITION: ExportDefinition = {
   isReadOnly: true,
   sizeBytes: 1024,
   description: 'the disk of web',
+  materialize: false,
   own: null,
 };
 
@@ -40,6 +43,8 @@ describe('export files', () => {
     );
     const raw = formatExportFile({ ...DEFINITION, format: 'raw' });
     expect(raw).not.toMatch(/prerun/);
+    const overlay = formatExportFile({ ...DEFINITION, isReadOnly: false, materialize: true });
+    expect(overlay).toMatch(/^materialize = true$/m);
     const own = { identity: { kind: 'psk' as const, user: 'agent' }, at: { port: 10_811 } };
     expect(formatExportFile({ ...DEFINITION, format: 'raw', own })).toMatch(/prerun = \/bin\/false/);
   });
@@ -58,11 +63,15 @@ describe('export files', () => {
       ),
       at: fc.oneof(fc.record({ port: fc.integer({ min: 1, max: 65_535 }) }), fc.record({ socket: anyPath })),
     });
-    const anyDefinition: fc.Arbitrary<ExportDefinition> = fc.record({
+    const anyAccess = fc.constantFrom(
+      ...(['raw', 'qcow2'] as const).flatMap((format) =>
+        [true, false].map((isReadOnly) => ({ format, isReadOnly, materialize: false })),
+      ),
+      { format: 'qcow2' as const, isReadOnly: false, materialize: true },
+    );
+    const anyFacts = fc.record({
       name: fc.stringMatching(/^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$/),
       imagePath: anyPath,
-      format: fc.constantFrom('raw' as const, 'qcow2' as const),
-      isReadOnly: fc.boolean(),
       sizeBytes: fc.option(fc.integer({ min: 1, max: Number.MAX_SAFE_INTEGER })),
       description: fc.option(
         fc.string({ unit: 'grapheme', maxLength: 80 }).map((text) => text.replaceAll('\0', '')),
@@ -70,7 +79,8 @@ describe('export files', () => {
       own: fc.option(anyOwn),
     });
     fc.assert(
-      fc.property(anyDefinition, (definition) => {
+      fc.property(anyFacts, anyAccess, (facts, access) => {
+        const definition: ExportDefinition = { ...facts, ...access };
         expect(parseExportFile(formatExportFile(definition))).toEqual(definition);
       }),
     );
@@ -108,6 +118,12 @@ describe('export files', () => {
     ['an empty disk', `${RAW}size = 0\n`, /size/],
     ['a command to run', `${RAW}prerun = /bin/sh\n`, /prerun/],
     ['a long description', `${RAW}description = ${'x'.repeat(1001)}\n`, /description/],
+    ['a read-only image to materialize', `${RAW}materialize = true\n`, /writable export of a qcow2/],
+    [
+      'a raw image to materialize',
+      `${RAW.replace('true', 'false')}materialize = true\n`,
+      /writable export of a qcow2/,
+    ],
     ['a port without an identity', `${RAW}port = 10811\n`, /identity/],
     ['an identity without an address', `${RAW}identity = psk:a\n`, /port or a socket/],
     ['an identity with two addresses', `${RAW}identity = psk:a\nport = 1\nsocket = /x\n`, /port or a socket/],
@@ -146,6 +162,33 @@ describe('export files', () => {
       await removeExportFile(directory, 'rival');
       await removeExportFile(directory, 'rival');
       expect(await readdir(directory)).toEqual(['backup-web-disk0.conf']);
+    } finally {
+      await rm(directory, { recursive: true });
+    }
+  });
+
+  test.each([' ', '\t', '\u00a0', '\u2003', '\ufeff'])('keep %j at the ends of a value', (blank) => {
+    const definition = { ...DEFINITION, description: `${blank}the disk${blank}` };
+    expect(parseExportFile(formatExportFile(definition))).toEqual(definition);
+  });
+
+  test('are read back, and replaced where they are', async () => {
+    const directory = await mkdtemp(path.join(os.tmpdir(), 'hf-exports-'));
+    try {
+      const { name } = DEFINITION;
+      expect(await readExportFile(directory, name)).toBeNull();
+      await expect(replaceExportFile(directory, DEFINITION)).rejects.toMatchObject({ code: 'NOT_FOUND' });
+      expect(await readdir(directory)).toEqual([]);
+      const { digest } = await createExportFile(directory, DEFINITION);
+      expect(await readExportFile(directory, name)).toEqual(DEFINITION);
+      const replaced = await replaceExportFile(directory, { ...DEFINITION, description: 'other' });
+      expect(replaced.digest).not.toBe(digest);
+      expect((await readExportFile(directory, name))?.description).toBe('other');
+      expect(await readdir(directory)).toEqual([replaced.file]);
+      await writeFile(path.join(directory, 'broken.conf'), '[broken');
+      await mkdir(path.join(directory, 'directory.conf'));
+      expect(await readExportFile(directory, 'broken')).toBeNull();
+      expect(await readExportFile(directory, 'directory')).toBeNull();
     } finally {
       await rm(directory, { recursive: true });
     }

@@ -24,6 +24,7 @@ const FILE: ExportFileStatus = {
   format: 'raw',
   isReadOnly: true,
   description: null,
+  materialize: null,
   error: null,
 };
 
@@ -69,7 +70,9 @@ describe('the status of the export daemon', () => {
     expect(await readExportStatus(file())).toEqual(await status());
     for (const text of ['', '{}', JSON.stringify({ ...(await status()), version: 2 })]) {
       await writeFile(file(), text);
-      await expect(readExportStatus(file())).rejects.toMatchObject({ code: 'INTERNAL' });
+      await expect(readExportStatus(file())).rejects.toMatchObject({
+        code: 'EXPORT_DAEMON_UNAVAILABLE',
+      });
     }
   });
 
@@ -98,7 +101,7 @@ describe('the status of the export daemon', () => {
     await expect(
       reloadExportDaemon({ pidFile, statusFile: file() }, { timeoutMs: 100 }),
     ).rejects.toMatchObject({
-      code: 'CONFLICT',
+      code: 'EXPORT_DAEMON_UNAVAILABLE',
     });
   });
 
@@ -110,7 +113,10 @@ describe('the status of the export daemon', () => {
     const onSignal = () => (signals += 1);
     process.on('SIGHUP', onSignal);
     try {
-      await expect(reloadExportDaemon(place, { timeoutMs: 200 })).rejects.toMatchObject({ code: 'TIMEOUT' });
+      await expect(reloadExportDaemon(place, { timeoutMs: 200 })).rejects.toMatchObject({
+        code: 'EXPORT_DAEMON_UNAVAILABLE',
+        details: { pid: process.pid },
+      });
       const answer = reloadExportDaemon(place, { timeoutMs: 5000 });
       await expect.poll(() => signals, { timeout: 5000 }).toBe(2);
       await writeFile(

@@ -34,7 +34,7 @@ function server(disk: Disk, limits: { base: number; dirty: number }) {
 
 async function collect(
   ask: (offset: number, length: number) => Promise<BlockStatus>,
-  options: { diskBytes: number; windowBytes: number; dirty: boolean },
+  options: { diskBytes: number; windowBytes: number; dirty: boolean; fromBytes?: number },
 ): Promise<ClusterMap[]> {
   const maps: ClusterMap[] = [];
   const walk = walkClusters(ask, {
@@ -43,6 +43,7 @@ async function collect(
     dirtyContext: options.dirty ? DIRTY : null,
     grantedContexts: [BASE_ALLOCATION, DIRTY],
     windowBytes: options.windowBytes,
+    ...(options.fromBytes === undefined ? {} : { fromBytes: options.fromBytes }),
   });
   for await (const map of walk) maps.push(map);
   return maps;
@@ -57,6 +58,19 @@ const runs = (flags: number[]) =>
     .map((list) => list.flatMap(({ length, flags: value }) => new Array<number>(length).fill(value)));
 
 describe('walkClusters', () => {
+  it('begins where it is told to, with what a walk of the whole disk says from there', async () => {
+    const base = Array.from({ length: 100 }, (_value, index) => (index % 48 < 20 ? 2 : 0));
+    const disk = { base, dirty: base.map((_flags, index) => (index % 30 < 3 ? 1 : 0)) };
+    const options = { diskBytes: base.length, windowBytes: 2 * CLUSTER, dirty: true };
+    const whole = await collect(server(disk, { base: 3, dirty: 2 }), options);
+    const rest = await collect(server(disk, { base: 3, dirty: 2 }), { ...options, fromBytes: 3 * CLUSTER });
+    const flat = (maps: ClusterMap[], key: 'isZero' | 'isDirty'): number[] =>
+      maps.flatMap((map) => [...map[key]]);
+    expect(rest[0]?.offset).toBe(3 * CLUSTER);
+    expect(flat(rest, 'isZero')).toEqual(flat(whole, 'isZero').slice(3));
+    expect(flat(rest, 'isDirty')).toEqual(flat(whole, 'isDirty').slice(3));
+  });
+
   it('says of each cluster what a byte-by-byte reading of the answers says, however they are cut', async () => {
     await fc.assert(
       fc.asyncProperty(

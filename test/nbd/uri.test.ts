@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { parseNbdUri } from '../../src/nbd/uri.js';
+import { exportAt, parseNbdUri } from '../../src/nbd/uri.js';
 
 describe('parseNbdUri', () => {
   it.each([
@@ -41,5 +41,27 @@ describe('parseNbdUri', () => {
 
   it('never repeats the text of a URI in the error: it may hold a secret', () => {
     expect(() => parseNbdUri('nbds://alice:secret@host/x')).toThrow(/^((?!secret).)*$/s);
+  });
+});
+
+describe('exportAt', () => {
+  it.each([
+    ['nbd://127.0.0.1:20809', 'nbd://127.0.0.1:20809/a'],
+    ['nbds://agent7@backup.example.org/', 'nbds://agent7@backup.example.org/a'],
+    ['nbd+unix:///?socket=/run/n.sock', 'nbd+unix:///a?socket=/run/n.sock'],
+  ])('finds an export behind %s', (address, expected) => {
+    expect(exportAt(address, 'a')).toBe(expected);
+  });
+
+  it('keeps any name apart from the address', () => {
+    const uri = exportAt('nbd+unix:///?socket=/run/n.sock', 'a/b?socket=x c%');
+    expect(parseNbdUri(uri)).toMatchObject({ exportName: 'a/b?socket=x c%' });
+    expect(parseNbdUri(uri).identity).toContain('unix:/run/n.sock#');
+  });
+
+  it.each(['nbd://host/other', 'http://host', 'host:10809', 'nbd+unix:///'])('refuses %s', (address) => {
+    expect(() => exportAt(address, 'a')).toThrow(
+      expect.objectContaining({ code: 'NBD_URI_INVALID' }) as Error,
+    );
   });
 });

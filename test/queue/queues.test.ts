@@ -1,7 +1,9 @@
 import { describe, expect, it } from 'vitest';
+import { laneOf } from '../../src/engine/run-queue.js';
+import { RUN_KINDS } from '../../src/engine/types.js';
 import { newId } from '../../src/lib/id.js';
 import { redisAddress } from '../../src/queue/index.js';
-import { checkHandlers, QUEUE_NAMES, QUEUES } from '../../src/queue/queues.js';
+import { checkHandlers, LANE_QUEUES, QUEUE_NAMES, QUEUES } from '../../src/queue/queues.js';
 
 describe('queues', () => {
   it('need exactly one handler each', () => {
@@ -11,10 +13,15 @@ describe('queues', () => {
     expect(() => checkHandlers([...one, { queue: 'runs' }])).toThrow(/queue runs has 2 handlers/);
   });
 
-  it('take payloads of ids only', () => {
-    const { payload } = QUEUES.runs;
+  it('are one for each lane', () => {
+    expect(Object.values(LANE_QUEUES).sort()).toEqual([...QUEUE_NAMES].sort());
+    expect(LANE_QUEUES.work).not.toBe(LANE_QUEUES.attended);
+  });
+
+  it.each(QUEUE_NAMES)('take payloads of ids only: %s', (name) => {
+    const { payload } = QUEUES[name];
     const runId = newId();
-    expect(payload.safeParse({ runId, kind: 'backup' }).success).toBe(true);
+    for (const kind of RUN_KINDS) expect(payload.safeParse({ runId, kind }).success, kind).toBe(true);
     for (const bad of [
       {},
       null,
@@ -23,6 +30,17 @@ describe('queues', () => {
       { runId, kind: 'backup', path: '/' },
     ]) {
       expect(payload.safeParse(bad).success).toBe(false);
+    }
+  });
+});
+
+describe('the lane of a run', () => {
+  it('is attended for what mostly waits for others', () => {
+    for (const kind of ['push', 'materialize', 'attach-volume', 'detach-volume'] as const) {
+      expect(laneOf({ kind }), kind).toBe('attended');
+    }
+    for (const kind of ['backup', 'check', 'rescan', 'delete'] as const) {
+      expect(laneOf({ kind }), kind).toBe('work');
     }
   });
 });

@@ -2,15 +2,18 @@ import { createHash } from 'node:crypto';
 import { mkdir, rm } from 'node:fs/promises';
 import path from 'node:path';
 import { AppError, toAppError } from '../../../src/lib/errors.js';
+import { runTool } from '../../../src/lib/process.js';
 import type { ApiBackup, ApiRun, Schemas } from '../api-client.js';
 import { startDaemon, stopDaemon, type RunningDaemon } from '../daemon.js';
 import { Account } from './account.js';
+import { exportSettings, startExportDaemon, type ExportPlaces } from './export-daemon.js';
 import { HoldfastCommand } from './holdfast-command.js';
 import { parseQuickstartOptions, type QuickstartOptions } from './options.js';
 import { demoScene, ownScene, type Scene } from './scene.js';
 
 const REPOSITORY = 'quickstart';
 const DISK = 'disk0';
+const COMPARE_TIMEOUT_MS = 600_000;
 
 interface Places {
   directory: string;
@@ -18,6 +21,7 @@ interface Places {
   repository: string;
   source: string;
   restored: string;
+  exportDaemon: ExportPlaces;
   /** Sockets: short, and only root's. */
   runtime: string;
 }
@@ -26,13 +30,15 @@ function placesOf(directory: string): Places {
   const name = `holdfast-quickstart-${createHash('sha256').update(directory).digest('hex').slice(0, 8)}`;
   const isRoot = process.getuid?.() === 0;
   const runtimeParent = isRoot ? '/run' : (process.env['XDG_RUNTIME_DIR'] ?? directory);
+  const runtime = path.join(runtimeParent, name);
   return {
     directory,
     state: path.join(directory, 'state'),
     repository: path.join(directory, 'repository'),
     source: path.join(directory, 'source'),
     restored: path.join(directory, 'restored'),
-    runtime: path.join(runtimeParent, name),
+    exportDaemon: { exports: path.join(directory, 'exports.d'), runtime: path.join(runtime, 'exportd') },
+    runtime,
   };
 }
 
@@ -53,6 +59,7 @@ async function run(options: QuickstartOptions): Promise<void> {
     stateDirectory: places.state,
     runtimeDirectory: path.join(places.runtime, 'daemon'),
     port: options.port,
+    settings: { exports: exportSettings(places.exportDaemon) },
   });
   account.facts({ daemon: `pid ${daemon.pid} at ${daemon.url}`, state: places.state });
 
@@ -109,6 +116,8 @@ async function protect(work: Work): Promise<void> {
     account.line('equal');
   }
 
+  await publish(work, incremental);
+
   account.step('What is stored: plain QCOW2, readable with Holdfast switched off');
   const chains = await holdfast.json<Schemas['ChainList']>('backup', 'chain', incremental.id);
   for (const chain of chains.items) {
@@ -146,6 +155,21 @@ async function restore({ holdfast, account }: Work, point: ApiBackup, file: stri
   const target = `${DISK}=${file},format=raw`;
   const run = await holdfast.json<ApiRun>('restore', 'run', point.id, '--disk', target);
   account.restore(run, file);
+}
+
+/** Of point 2, which was restored and compared before. */
+async function publish({ holdfast, account, places }: Work, point: ApiBackup): Promise<void> {
+  account.step('Publish point 2 over NBD, and read it with qemu-img');
+  await using _exportDaemon = await startExportDaemon(places.exportDaemon);
+  const made = await holdfast.json<Schemas['Export']>('export', 'publish', point.id, '--ttl', '1h');
+  const [uri = ''] = made.uris;
+  const restored = path.join(places.restored, 'point-2.raw');
+  await runTool('qemu-img', ['compare', '-q', '-f', 'raw', '-F', 'raw', uri, restored], {
+    timeoutMs: COMPARE_TIMEOUT_MS,
+  });
+  account.facts({ export: made.name, at: uri, read: 'equal to what was restored' });
+  await holdfast.json('export', 'remove', made.id);
+  account.line('removed again; the export daemon is stopped (docs/reference/exportd.md)');
 }
 
 function printEnd(daemon: RunningDaemon, places: Places): void {

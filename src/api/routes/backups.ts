@@ -1,4 +1,6 @@
-import type { Engine } from '../../engine/engine.js';
+import type { Actor, Engine } from '../../engine/engine.js';
+import type { RunView } from '../../engine/types.js';
+import { AppError } from '../../lib/errors.js';
 import type { DiskId, PointId, RepositoryId, VmId } from '../../lib/id.js';
 import type { components } from '../generated.js';
 import { asId, asOptionalId, asPage, type Handlers } from '../operation.js';
@@ -10,8 +12,11 @@ type Operations =
   | 'getBackupStats'
   | 'getBackup'
   | 'deleteBackup'
-  | 'getBackupChain';
+  | 'getBackupChain'
+  | 'reportPush'
+  | 'completePushDisk';
 type Selection = components['schemas']['EstimateRequest'];
+type BackupBody = components['schemas']['BackupRequest'];
 
 interface PointFilter {
   vmId?: VmId | undefined;
@@ -40,16 +45,58 @@ function asSelection(body: Selection): Parameters<Engine['estimateBackup']>[0] {
   };
 }
 
+/** Fields of one kind of backup that are given although the other is asked for. */
+function refuseFields(body: BackupBody, names: readonly (keyof BackupBody)[]): void {
+  const given = names.filter((name) => body[name] !== undefined);
+  if (given.length === 0) return;
+  throw new AppError(
+    'INVALID_INPUT',
+    `${given.join(', ')} cannot be given with source ${body.source ?? 'configured'}`,
+    {
+      details: { fields: given },
+    },
+  );
+}
+
+/** The validator fills in no defaults of fields that only one source has. */
+function requestConfigured(engine: Engine, body: BackupBody, actor: Actor): Promise<RunView> {
+  refuseFields(body, ['push']);
+  const { bitmaps = [], disks = { include: [], exclude: [] } } = body;
+  const request = {
+    ...asSelection({ ...body, bitmaps, disks }),
+    bytesPerSecond: body.bytesPerSecond ?? 0,
+    consistency: body.consistency ?? 'prefer',
+    whenBusy: body.whenBusy,
+  };
+  return engine.requestBackup(request, actor);
+}
+
+function requestPush(
+  engine: Engine,
+  body: BackupBody,
+  { actor, signal }: { actor: Actor; signal: AbortSignal },
+): Promise<RunView> {
+  refuseFields(body, ['bitmaps', 'bytesPerSecond', 'consistency', 'disks']);
+  const { identity = null, consistency = 'crash', disks = [] } = body.push ?? {};
+  const request = {
+    vmId: asId<VmId>(body.vmId),
+    repositoryId: asId<RepositoryId>(body.repositoryId),
+    type: body.type,
+    consistency,
+    identity,
+    disks,
+    whenBusy: body.whenBusy,
+  };
+  return engine.requestPush(request, actor, signal);
+}
+
 export function backupHandlers(engine: Engine): Pick<Handlers, Operations> {
   return {
-    createBackup: async ({ body, actor }) => {
-      const request = {
-        ...asSelection(body),
-        bytesPerSecond: body.bytesPerSecond,
-        consistency: body.consistency,
-        whenBusy: body.whenBusy,
-      };
-      const run = await engine.requestBackup(request, actor);
+    createBackup: async ({ body, actor, signal }) => {
+      const run =
+        body.source === 'push'
+          ? await requestPush(engine, body, { actor, signal })
+          : await requestConfigured(engine, body, actor);
       return { status: 202, body: run, location: `/api/v1/runs/${run.id}` };
     },
     estimateBackup: async ({ body }) => ({
@@ -75,6 +122,14 @@ export function backupHandlers(engine: Engine): Pick<Handlers, Operations> {
     getBackupChain: async ({ params }) => ({
       status: 200,
       body: { items: await engine.getBackupChain(asId<PointId>(params.id)) },
+    }),
+    reportPush: async ({ params, body }) => {
+      const reports = body.disks.map((report) => ({ ...report, diskId: asId<DiskId>(report.diskId) }));
+      return { status: 200, body: await engine.reportPush(asId<PointId>(params.id), reports) };
+    },
+    completePushDisk: async ({ params, body }) => ({
+      status: 200,
+      body: await engine.completePushDisk(asId<PointId>(params.id), asId<DiskId>(params.diskId), body),
     }),
   };
 }

@@ -1,7 +1,13 @@
 import type { Engine } from '../../engine/engine.js';
+import type { RestoreDisk } from '../../engine/types.js';
 import { AppError } from '../../lib/errors.js';
-import type { DiskId, PointId, RunId, VmId } from '../../lib/id.js';
+import type { DiskId, PointId, RunId, VmId, VolumeId } from '../../lib/id.js';
+import type { components } from '../generated.js';
 import { asId, asOptionalId, asPage, type Handlers } from '../operation.js';
+
+function asTarget(target: components['schemas']['TargetSpec']): RestoreDisk['target'] {
+  return target.kind === 'volume' ? { ...target, volumeId: asId<VolumeId>(target.volumeId) } : target;
+}
 
 /** A restore is a run of kind restore; these routes show no other. */
 export function restoreHandlers(
@@ -11,7 +17,10 @@ export function restoreHandlers(
     createRestore: async ({ body, actor }) => {
       const request = {
         pointId: asId<PointId>(body.pointId),
-        disks: body.disks.map((disk) => ({ diskId: asId<DiskId>(disk.diskId), target: disk.target })),
+        disks: body.disks.map((disk) => ({
+          diskId: asId<DiskId>(disk.diskId),
+          target: asTarget(disk.target),
+        })),
         overwrite: body.overwrite,
         acceptDamage: body.acceptDamage,
       };

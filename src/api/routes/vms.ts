@@ -1,5 +1,5 @@
-import type { DiscoverRequest, Engine } from '../../engine/engine.js';
-import type { VmId } from '../../lib/id.js';
+import type { DiscoverRequest, Engine, NewVm } from '../../engine/engine.js';
+import type { VmId, VolumeId } from '../../lib/id.js';
 import type { components } from '../generated.js';
 import { asId, asPage, type Handlers } from '../operation.js';
 
@@ -12,10 +12,20 @@ function asDiscoverRequest(body: components['schemas']['DiscoverRequest']): Disc
     : { ...body, agentSocket: body.agentSocket ?? null };
 }
 
+function asNewVm({ name, disks }: components['schemas']['NewVm']): NewVm {
+  return {
+    name,
+    disks: disks.map(({ name: diskName, source }) => ({
+      name: diskName,
+      source: source.kind === 'volume' ? { ...source, volumeId: asId<VolumeId>(source.volumeId) } : source,
+    })),
+  };
+}
+
 export function vmHandlers(engine: Engine): Pick<Handlers, Operations> {
   return {
     addVm: async ({ body, actor }) => {
-      const vm = await engine.addVm(body, actor);
+      const vm = await engine.addVm(asNewVm(body), actor);
       return { status: 201, body: vm, location: `/api/v1/vms/${vm.id}` };
     },
     listVms: async ({ query }) => ({ status: 200, body: await engine.listVms(asPage(query)) }),

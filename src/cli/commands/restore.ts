@@ -1,14 +1,13 @@
 import path from 'node:path';
 import type { Command } from 'commander';
 import { action, argument, collect, type CommandContext } from '../action.js';
-import { dataOf } from '../client.js';
+import { dataOf, type Api, type Schemas } from '../client.js';
 import { usageFailure } from '../failure.js';
 import { diskNamesOf, runStarted } from '../follow.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
 import { oneOf, parseJsonObject, parseRestoreDisk } from '../parse.js';
 import { formatRun, formatTime } from '../render.js';
-import { findDisk, parseId } from '../resolve.js';
-import type { Schemas } from '../client.js';
+import { findDisk, parseId, resolveVolume } from '../resolve.js';
 
 interface RunOptions {
   disk?: string[];
@@ -19,13 +18,13 @@ interface RunOptions {
   detach?: boolean;
 }
 
-const DISK_HELP = 'NAME=PATH[,format=raw|qcow2], NAME=NBD-URI or NAME=/dev/…; repeatable';
+const DISK_HELP = 'NAME=PATH[,format=raw|qcow2], NAME=NBD-URI, NAME=/dev/… or NAME=volume:VOLUME; repeatable';
 
 export function addRestoreCommands(program: Command, context: CommandContext): void {
   const group = program.command('restore').description('restores of points');
   group
     .command('run <point>')
-    .description('write disks of a point to files, NBD exports or devices')
+    .description('write disks of a point to files, NBD exports, devices or volumes')
     .option('--disk <target>', DISK_HELP, collect)
     .option('--disk-json <json>', 'a disk as in the API: {"diskId": …, "target": {…}}; repeatable', collect)
     .option('--to <directory>', 'all disks, as NAME.raw in this directory')
@@ -49,7 +48,7 @@ export function addRestoreCommands(program: Command, context: CommandContext): v
         const disks = point.layers.map((layer) => ({ id: layer.diskId, name: layer.diskName }));
         const targets =
           options.to === undefined
-            ? wanted.map(({ disk, target }) => ({ diskId: findDisk(disks, disk).id, target }))
+            ? await namedTargets(api, disks, wanted)
             : disks.map((disk) => fileTarget(disk, options.to ?? ''));
         const body = {
           pointId,
@@ -63,6 +62,18 @@ export function addRestoreCommands(program: Command, context: CommandContext): v
     );
   addMachine(group, context);
   addListAndShow(group, context);
+}
+
+async function namedTargets(
+  api: Api,
+  disks: readonly { id: string; name: string }[],
+  wanted: readonly ReturnType<typeof parseRestoreDisk>[],
+): Promise<Schemas['RestoreDisk'][]> {
+  const targets: Schemas['RestoreDisk'][] = [];
+  for (const { disk, target } of wanted) {
+    targets.push({ diskId: findDisk(disks, disk).id, target: await resolveVolume(api, target) });
+  }
+  return targets;
 }
 
 /** A disk's name is foreign text: it becomes a file name only when it is a plain one. */

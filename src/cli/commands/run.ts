@@ -8,7 +8,16 @@ import { formatRun, formatTime } from '../render.js';
 import { findVm, parseId } from '../resolve.js';
 import { formatTable } from '../table.js';
 
-const KINDS = ['backup', 'restore', 'check', 'rescan', 'delete'] as const;
+const KINDS = [
+  'backup',
+  'restore',
+  'check',
+  'rescan',
+  'delete',
+  'materialize',
+  'attach-volume',
+  'detach-volume',
+] as const;
 const STATES = ['queued', 'running', 'completed', 'failed', 'cancelled', 'interrupted'] as const;
 const LOG_PAGE = 1000;
 

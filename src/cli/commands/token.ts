@@ -1,11 +1,9 @@
-import { open } from 'node:fs/promises';
 import type { Command } from 'commander';
-import { errnoOf } from '../../lib/errors.js';
 import { action, argument, type CommandContext } from '../action.js';
 import { dataOf, expectDone } from '../client.js';
-import { usageFailure } from '../failure.js';
 import { formatTime } from '../render.js';
 import { parseId } from '../resolve.js';
+import { createSecretFile } from '../secret-file.js';
 import { formatTable } from '../table.js';
 import { safeText } from '../text.js';
 
@@ -63,21 +61,4 @@ export function addTokenCommands(program: Command, context: CommandContext): voi
         return undefined;
       }),
     );
-}
-
-async function createSecretFile(
-  file: string,
-): Promise<AsyncDisposable & { writeFile(text: string): Promise<void> }> {
-  try {
-    const handle = await open(file, 'wx', 0o600);
-    return {
-      writeFile: (text) => handle.writeFile(text),
-      [Symbol.asyncDispose]: () => handle.close(),
-    };
-  } catch (error) {
-    throw usageFailure(
-      `${safeText(file)} cannot be made (${errnoOf(error) ?? 'error'})`,
-      'Name a file that does not exist yet.',
-    );
-  }
 }

@@ -1,20 +1,21 @@
 import path from 'node:path';
 import type { Command } from 'commander';
 import { action, argument, collect, type CommandContext } from '../action.js';
-import { dataOf, expectDone, type Schemas } from '../client.js';
+import { dataOf, expectDone, type Api, type Schemas } from '../client.js';
 import { usageFailure } from '../failure.js';
 import { addPaging, pageQuery, printPage, type PagingOptions } from '../paging.js';
 import { parseDisk, parseJsonObject } from '../parse.js';
 import { formatReleased, formatVm, formatVmDisks, VM_COLUMNS } from '../render-vm.js';
-import { findVm } from '../resolve.js';
+import { findVm, resolveVolume } from '../resolve.js';
 import { formatTable } from '../table.js';
 import { safeText } from '../text.js';
 
 type NewDisk = Schemas['NewVm']['disks'][number];
 
 const DISK_HELP =
-  'name=NAME,source=NBD-URI|PATH[,format=raw|qcow2][,tracking=auto|bitmap|compare]' +
-  '[,tls-psk-file=PATH][,tls-username=NAME][,tls-certificates=PATH]; repeatable';
+  'name=NAME,source=NBD-URI|PATH|volume:VOLUME[,format=raw|qcow2][,tracking=auto|bitmap|compare]' +
+  '[,tls-psk-file=PATH][,tls-username=NAME][,tls-certificates=PATH], ' +
+  'or name=NAME,source=push,size=BYTES; repeatable';
 
 export function addVmCommands(program: Command, context: CommandContext): void {
   const group = program.command('vm').description('virtual machines and their disks');
@@ -26,13 +27,12 @@ export function addVmCommands(program: Command, context: CommandContext): void {
     .option('--disk-json <json>', 'a disk as in the API: {"name": …, "source": {…}}; repeatable', collect)
     .action(
       action<{ disk?: string[]; diskJson?: string[] }>(context, async ({ session, args, options }) => {
-        const disks = [
-          ...(options.disk ?? []).map(parseDisk),
-          // The daemon checks the object against its schema; here it is handed on.
-          ...(options.diskJson ?? []).map((text) => parseJsonObject(text, '--disk-json') as NewDisk),
-        ];
-        if (disks.length === 0) throw usageFailure('a machine needs at least one --disk');
+        const named = (options.disk ?? []).map(parseDisk);
+        // The daemon checks the object against its schema; here it is handed on.
+        const given = (options.diskJson ?? []).map((text) => parseJsonObject(text, '--disk-json') as NewDisk);
+        if (named.length + given.length === 0) throw usageFailure('a machine needs at least one --disk');
         const api = await session.api();
+        const disks = [...(await resolveVolumes(api, named)), ...given];
         const vm = dataOf(await api.POST('/vms', { body: { name: argument(args), disks } }));
         session.print(vm, () => formatVm(vm));
         return undefined;
@@ -48,6 +48,12 @@ export function addVmCommands(program: Command, context: CommandContext): void {
   );
   addShow(group, context);
   addReleaseAndRemove(group, context);
+}
+
+async function resolveVolumes(api: Api, disks: readonly NewDisk[]): Promise<NewDisk[]> {
+  const resolved: NewDisk[] = [];
+  for (const { name, source } of disks) resolved.push({ name, source: await resolveVolume(api, source) });
+  return resolved;
 }
 
 interface DiscoverOptions {

@@ -33,4 +33,12 @@ export const MIGRATIONS: readonly SchemaMigration[] = [
       for (const addition of tables.machineColumns) await addColumns(db, engine, addition);
     },
   },
+  creation('0014-exports', tables.exports),
+  creation('0015-push-disks', tables.pushDisks),
+  {
+    name: '0016-volumes',
+    up: async (db, engine) => {
+      for (const table of [tables.volumes, tables.deviceMappings]) await createTable(db, engine, table);
+    },
+  },
 ];

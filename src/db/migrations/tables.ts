@@ -200,3 +200,64 @@ export const machineColumns: ColumnAddition[] = [
   },
   { table: 'vm_disks', columns: (t) => ({ facts: t.long }) },
 ];
+
+/** What an export is of are no foreign keys: a rescan replaces points, and an export outlives it. */
+export const exports: TableDefinition = {
+  name: 'exports',
+  lines: (t) => [
+    `id ${t.id} NOT NULL PRIMARY KEY`,
+    `name ${t.word(64)} NOT NULL UNIQUE`,
+    `kind ${t.word(16)} NOT NULL`,
+    `state ${t.word(16)} NOT NULL`,
+    `point_id ${t.id}`,
+    `disk_id ${t.id}`,
+    `run_id ${t.id}`,
+    `volume_id ${t.id}`,
+    `created_at ${t.time} NOT NULL`,
+    `expires_at ${t.time}`,
+    `facts ${t.long} NOT NULL`,
+  ],
+  indexes: [['created_at', 'id'], ['kind', 'created_at', 'id'], ['point_id'], ['run_id'], ['volume_id']],
+};
+
+export const pushDisks: TableDefinition = {
+  name: 'push_disks',
+  lines: (t) => [
+    `run_id ${t.id} NOT NULL`,
+    `disk_id ${t.id} NOT NULL`,
+    `seen_at ${t.time} NOT NULL`,
+    `progress ${t.long} NOT NULL`,
+    `completion ${t.long}`,
+    'PRIMARY KEY (run_id, disk_id)',
+    'FOREIGN KEY (run_id) REFERENCES runs (id) ON DELETE CASCADE',
+  ],
+};
+
+export const volumes: TableDefinition = {
+  name: 'volumes',
+  lines: (t) => [
+    `id ${t.id} NOT NULL PRIMARY KEY`,
+    `name ${t.text(255)} NOT NULL`,
+    `name_key ${t.word(64)} NOT NULL UNIQUE`,
+    `provider ${t.word(32)} NOT NULL`,
+    `identity ${t.text(1024)} NOT NULL`,
+    `identity_key ${t.word(64)} NOT NULL UNIQUE`,
+    `size_bytes ${t.integer} NOT NULL`,
+    `created_at ${t.time} NOT NULL`,
+    `facts ${t.long} NOT NULL`,
+  ],
+};
+
+/** The keys let a volume have one device, and a device one volume; a volume that has one cannot go. */
+export const deviceMappings: TableDefinition = {
+  name: 'device_mappings',
+  lines: (t) => [
+    `volume_id ${t.id} NOT NULL PRIMARY KEY`,
+    `device_path ${t.text(4096)} NOT NULL`,
+    `path_key ${t.word(64)} NOT NULL UNIQUE`,
+    `device_number ${t.word(64)} NOT NULL UNIQUE`,
+    `attached_at ${t.time} NOT NULL`,
+    `verified_at ${t.time} NOT NULL`,
+    'FOREIGN KEY (volume_id) REFERENCES volumes (id)',
+  ],
+};

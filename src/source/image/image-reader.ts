@@ -1,13 +1,11 @@
-import { stat } from 'node:fs/promises';
 import path from 'node:path';
 import { z } from 'zod';
-import { blockDeviceBytes } from '../../lib/block-device.js';
-import { AppError, errnoOf } from '../../lib/errors.js';
+import { AppError } from '../../lib/errors.js';
 import { runTool, ToolError } from '../../lib/process.js';
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
+import { rawImageBytes, serveLocked } from '../../nbd/locked-image.js';
 import type { ServerPlace } from '../../nbd/qemu-nbd.js';
 import type { DiskReader } from '../disk-reader.js';
-import { serveLocked } from '../locked-image.js';
 import type { ChangeRecord, ImageDiskSource } from '../source.js';
 
 export interface ImageReaderOptions extends ServerPlace {
@@ -38,7 +36,7 @@ export function openImageReader(config: ImageDiskSource, options: ImageReaderOpt
     consistency: 'offline',
     async probe({ signal }) {
       const lineage = `image:${path.normalize(config.path)}`;
-      const rawBytes = await fileSize(config.path);
+      const rawBytes = await rawImageBytes(config.path);
       const common = { lineage, recordKeeper: 'given', noRecordReason: null } as const;
       if (config.format === 'raw') return { ...common, sizeBytes: rawBytes, records: [] };
       const info = await readInfo(config, signal);
@@ -99,20 +97,4 @@ function explainLock(error: unknown): never {
     throw new AppError('SOURCE_FORMAT', error.message, { cause: error, details: error.details });
   }
   throw error;
-}
-
-/** Exact bytes of a file or block device; a raw disk need not be a multiple of the sector. */
-async function fileSize(file: string): Promise<number> {
-  try {
-    const facts = await stat(file);
-    if (facts.isFile()) return facts.size;
-    if (!facts.isBlockDevice()) {
-      throw new AppError('SOURCE_FORMAT', `${file} is neither a file nor a block device`);
-    }
-    return await blockDeviceBytes(file);
-  } catch (error) {
-    const errno = errnoOf(error);
-    if (error instanceof AppError || errno === undefined) throw error;
-    throw new AppError('SOURCE_UNREACHABLE', `${file} cannot be opened: ${errno}`, { cause: error });
-  }
 }

@@ -8,6 +8,7 @@ import { virsh } from '../../libvirt/virsh.js';
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
 import { connectNbd } from '../../nbd/index.js';
 import { bitmapNameFor } from '../bitmap-name.js';
+import { trackingOf } from '../disk-source.js';
 import { takeFrozen, type FreezableGuest } from '../guest-freeze.js';
 import type { SourceSettings } from '../source-settings.js';
 import type {
@@ -178,7 +179,7 @@ function planBackup(live: LiveDomain, request: SnapshotRequest): Plan {
 
 /** A disk that is always compared gets no record: nobody would read it. */
 function isCounted({ disk, probe }: SnapshotDiskRequest, format: string): boolean {
-  return format === 'qcow2' && probe.noRecordReason === null && disk.source.changeTracking !== 'compare';
+  return format === 'qcow2' && probe.noRecordReason === null && trackingOf(disk.source) !== 'compare';
 }
 
 /** Everything is prepared before the guest is frozen: what is left is one command to a virsh that is connected. */

@@ -5,6 +5,7 @@ import { AppError, errnoOf } from '../../lib/errors.js';
 import type { DiskId } from '../../lib/id.js';
 import type { DomainDisk } from '../../libvirt/domain-disk.js';
 import { BASE_ALLOCATION, DIRTY_BITMAP_PREFIX } from '../../nbd/extents.js';
+import { serveLocked } from '../../nbd/locked-image.js';
 import { bitmapNameFor } from '../bitmap-name.js';
 import type { OpenDisk } from '../disk-reader.js';
 import type { SourceOptions } from '../source-settings.js';
@@ -13,7 +14,6 @@ import { removeCheckpoint, type CheckpointPlace } from './checkpoints.js';
 import { SAVED } from './domain-stats.js';
 import type { DomainView } from './domain-view.js';
 import { checkImageChain } from './image-info.js';
-import { serveLocked } from '../locked-image.js';
 import { watchPower } from './power-watch.js';
 
 /** A domain that is off, and what it takes to back it up. */

@@ -1,13 +1,10 @@
-import net from 'node:net';
-import { once } from 'node:events';
-import { pollUntil, withDeadline } from '../../lib/deadline.js';
-import { errnoOf } from '../../lib/errors.js';
+import { pollUntil } from '../../lib/deadline.js';
 import { setDrive } from './fleecing.js';
 import { readMachine, type QemuBitmap, type QemuMachine } from './machine-state.js';
 import type { QmpClient } from '../../lib/qmp.js';
+import { isListening } from '../../lib/unix-socket.js';
 
 const EXPORT_GONE_TIMEOUT_MS = 30_000;
-const CONNECT_TIMEOUT_MS = 2000;
 
 /**
  * Takes everything out of QEMU that was added under this tag, in any state that a run or an earlier removal
@@ -31,6 +28,7 @@ export async function removeTagged(
   await deleteNodes(qmp, nodes, 'copy-before-write');
   await deleteNodes(qmp, nodes, 'qcow2');
   await removeBitmaps(qmp, before, isOurs);
+  // The path is the run's own, so whoever listens there is the server that the run started.
   if (!(await isListening(options.serverSocket))) return { isServerGone: true };
   const { exports } = await readMachine(qmp);
   if (exports.some(({ isNbd }) => isNbd)) return { isServerGone: false };
@@ -87,22 +85,5 @@ async function deleteNodes(
 ): Promise<void> {
   for (const { name } of nodes.filter((node) => node.driver === driver)) {
     await qmp.execute('blockdev-del', { 'node-name': name });
-  }
-}
-
-/** The path is the run's own, so whoever listens there is the server that the run started. */
-async function isListening(socketPath: string): Promise<boolean> {
-  const socket = net.connect(socketPath);
-  try {
-    await withDeadline(once(socket, 'connect'), {
-      timeoutMs: CONNECT_TIMEOUT_MS,
-      what: `connecting to ${socketPath}`,
-    });
-    return true;
-  } catch (error) {
-    if (errnoOf(error) === 'ENOENT' || errnoOf(error) === 'ECONNREFUSED') return false;
-    throw error;
-  } finally {
-    socket.destroy();
   }
 }

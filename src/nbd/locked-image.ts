@@ -1,7 +1,8 @@
 import { stat } from 'node:fs/promises';
+import { blockDeviceBytes } from '../lib/block-device.js';
 import { AppError, errnoOf } from '../lib/errors.js';
 import { ToolError } from '../lib/process.js';
-import { startQemuNbd, type QemuNbd, type QemuNbdOptions } from '../nbd/qemu-nbd.js';
+import { startQemuNbd, type QemuNbd, type QemuNbdOptions } from './qemu-nbd.js';
 
 export type LockedImageOptions = Omit<QemuNbdOptions, 'isReadOnly' | 'imagePath'> & { path: string };
 
@@ -49,4 +50,20 @@ function explain(path: string, error: unknown): unknown {
     return new AppError('SNAPSHOT_LOST', `${path} lost its bitmap since it was looked at`, options);
   }
   return new AppError('SOURCE_FORMAT', `${path}: ${error.message}`, options);
+}
+
+/** Exact bytes of a raw file or block device, which need not be a multiple of the sector. */
+export async function rawImageBytes(file: string): Promise<number> {
+  try {
+    const facts = await stat(file);
+    if (facts.isFile()) return facts.size;
+    if (!facts.isBlockDevice()) {
+      throw new AppError('SOURCE_FORMAT', `${file} is neither a file nor a block device`);
+    }
+    return await blockDeviceBytes(file);
+  } catch (error) {
+    const errno = errnoOf(error);
+    if (error instanceof AppError || errno === undefined) throw error;
+    throw new AppError('SOURCE_UNREACHABLE', `${file} cannot be opened: ${errno}`, { cause: error });
+  }
 }
