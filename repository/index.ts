@@ -10,6 +10,7 @@ export {
 } from './read-chain.js';
 export { scanRepository, type ScannedVm } from './scan.js';
 export type { CheckFinding, CheckOptions, CheckReport } from './check-report.js';
+export type { LayerTables } from './layer-tables.js';
 export type { Lease, LeaseHolder, LeaseTerms } from './lease.js';
 export type {
   CommitOptions,

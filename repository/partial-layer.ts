@@ -6,6 +6,7 @@ import { SECTOR_BYTES, alignUp } from '../src/lib/units.js';
 import { TEMPORARY_PREFIX, toStorageError } from './backend.js';
 import { headerProblem } from './chain.js';
 import type { RepositoryContext } from './context.js';
+import { LayerTables } from './layer-tables.js';
 import {
   diskDirectory,
   layerName,
@@ -51,6 +52,10 @@ export class OpenLayer implements PartialLayer {
     this.directory = diskDirectory(layer.vmId, layer.diskId);
     this.path = context.backend.localPath(this.partialFile);
     this.sums = sums;
+  }
+
+  openTables(): Promise<LayerTables> {
+    return LayerTables.open(this.path);
   }
 
   get partialFile(): string {

@@ -1,6 +1,7 @@
 import type { ApplianceId, DiskId, LayerId, PointId, RunId, VmId } from '../src/lib/id.js';
 import type { CheckOptions, CheckReport } from './check-report.js';
 import type { ConfigFile } from './config-files.js';
+import type { LayerTables } from './layer-tables.js';
 import type { Lease, LeaseHolder } from './lease.js';
 import type { SumsWriter } from './sums.js';
 import type {
@@ -27,12 +28,14 @@ export interface NewLayer {
 export interface PartialLayer {
   readonly layerId: LayerId;
   readonly diskId: DiskId;
-  /** Absolute path for the sink. */
+  /** Absolute path for whoever writes its data. */
   readonly path: string;
   /** Size of the QCOW2 disk: sizeBytes rounded up to whole sectors. */
   readonly virtualBytes: number;
   /** Takes the entries of each window in order. Closed by commit or discard. */
   readonly sums: SumsWriter;
+  /** For a writer of bare data, while the layer is empty. Whoever opened them closes them. */
+  openTables(): Promise<LayerTables>;
 }
 
 export interface CommitOptions {
@@ -131,8 +134,8 @@ export interface Repository {
   discardAbandoned(lease: Lease): Promise<string[]>;
 
   /**
-   * The commit of the design, section 4: all layers, then the manifest last. The sink must be
-   * stopped and flushed. Verifies that each layer's parent is what the draft says (PARENT_MISMATCH)
+   * The commit of the design, section 4: all layers, then the manifest last. The layers must be
+   * written and flushed. Verifies that each layer's parent is what the draft says (PARENT_MISMATCH)
    * and `qemu-img check` (LAYER_CORRUPT). Before the manifest is renamed nothing counts; after, the point exists.
    */
   commitPoint(draft: PointDraft, layers: PartialLayer[], options: CommitOptions): Promise<PointManifest>;

@@ -1,5 +1,6 @@
 /**
- * Measures the copy engine: NBD to NBD beside `nbdcopy`, and files to a raw file beside `qemu-img convert`.
+ * Measures the copy engine: NBD to NBD beside `nbdcopy`; NBD to a layer, and files to a raw file, beside
+ * `qemu-img convert`.
  *
  *   node --import tsx integration/native/bench-copy.ts [runs] [connections] [request KiB] [in flight]
  *
@@ -7,7 +8,13 @@
  * Alternating runs on /dev/shm, medians. Wall seconds, and CPU seconds of all processes that took part.
  */
 import { readFile, rm } from 'node:fs/promises';
-import { COPY_OP, type CopySession, type WindowResult } from '../../native/lib/index.js';
+import {
+  COPY_OP,
+  type CopySession,
+  type CopySessionOptions,
+  type WindowResult,
+} from '../../native/lib/index.js';
+import { LayerTables } from '../../repository/layer-tables.js';
 import { runTool } from '../../src/lib/process.js';
 import { makeLabDirectory } from '../lab/directory.js';
 import { SeededRandom, makeRaw, qemuImg, type Region } from '../lab/disk-image.js';
@@ -63,27 +70,58 @@ function regions(): Region[] {
 
 async function copyWindows(
   session: CopySession,
-  rowsOf: (offset: number) => Promise<number[]> | number[],
+  {
+    rowsOf,
+    onResult,
+  }: {
+    rowsOf: (offset: number) => Promise<number[]>;
+    onResult?: (result: WindowResult) => Promise<void>;
+  },
 ): Promise<void> {
   const outstanding: Promise<WindowResult>[] = [];
+  const settle = async (): Promise<void> => {
+    const result = await outstanding.shift();
+    if (result !== undefined) await onResult?.(result);
+  };
   for (let offset = 0; offset < DISK_BYTES; offset += WINDOW_BYTES) {
     const rows = Float64Array.from(await rowsOf(offset));
-    if (outstanding.length >= 3) await outstanding.shift();
+    if (outstanding.length >= 3) await settle();
     outstanding.push(session.submit({ rows, zeroPolicy: 'skip', emitEntries: true }));
   }
-  await Promise.all(outstanding);
-  await session.flush();
+  while (outstanding.length > 0) await settle();
 }
 
-async function engineOverNbd(source: string, sink: string): Promise<void> {
-  await using session = await openSession({
+function openFrom(source: string, sink: CopySessionOptions['sink']): Promise<CopySession> {
+  return openSession({
     source: { ...nbd(source, connections), metaContexts: ['base:allocation'] },
-    sink: nbd(sink, connections),
+    sink,
     diskBytes: DISK_BYTES,
     requestBytes: requestKib * 1024,
     requestsInFlight: inFlight,
   });
-  await copyWindows(session, async (start) => {
+}
+
+async function engineOverNbd(source: string, sink: string): Promise<void> {
+  await using session = await openFrom(source, nbd(sink, connections));
+  await copyWindows(session, { rowsOf: knownData(session) });
+  await session.flush();
+}
+
+async function engineToLayer(source: string, path: string): Promise<void> {
+  await using tables = await LayerTables.open(path);
+  const sink = { kind: 'append', path, startOffset: tables.startOffset } as const;
+  await using session = await openFrom(source, sink);
+  const reserve = (bytes: number): number => session.reserve(bytes);
+  await copyWindows(session, {
+    rowsOf: knownData(session),
+    onResult: (result) => tables.append(result, reserve),
+  });
+  await tables.finish(reserve);
+  await session.flush();
+}
+
+function knownData(session: CopySession): (offset: number) => Promise<number[]> {
+  return async (start) => {
     const rows: number[] = [];
     const status = (await session.blockStatus(start, WINDOW_BYTES))['base:allocation'] ?? [];
     for (let at = 0, offset = start; at < status.length; at += 2) {
@@ -94,7 +132,7 @@ async function engineOverNbd(source: string, sink: string): Promise<void> {
       offset += length;
     }
     return rows;
-  });
+  };
 }
 
 interface MapEntry {
@@ -158,6 +196,27 @@ async function main(): Promise<void> {
     ours?.push(await overNbd(engineOverNbd));
   }
   report('NBD to QCOW2 behind qemu-nbd, against nbdcopy --flush', ours ?? [], theirs ?? []);
+  const toLayer = async (copy: (source: string, layer: string) => Promise<unknown>): Promise<Measure> => {
+    const layer = lab.file('layer.qcow2');
+    await rm(layer, { force: true });
+    await qemuImg(['create', '-q', '-f', 'qcow2', layer, String(DISK_BYTES)]);
+    await using source = await startQemuNbd({
+      image: disk,
+      format: 'raw',
+      socketPath: lab.file('s.sock'),
+      isReadOnly: true,
+    });
+    return await measure([source.pid], () => copy(source.uri, layer));
+  };
+  const [oursLayer, theirsLayer]: Measure[][] = [[], []];
+  for (let run = 0; run < runs; run++) {
+    theirsLayer?.push(
+      await toLayer((source, layer) => qemuImg(['convert', '-f', 'raw', '-n', '-O', 'qcow2', source, layer])),
+    );
+    oursLayer?.push(await toLayer(engineToLayer));
+  }
+  report('NBD to a layer, against qemu-img convert', oursLayer ?? [], theirsLayer ?? []);
+  await qemuImg(['compare', '-f', 'raw', '-F', 'qcow2', disk, lab.file('layer.qcow2')]);
   const [layer, target] = [lab.file('layer.qcow2'), lab.file('target.raw')];
   const map = JSON.parse(await qemuImg(['map', '--output=json', '-f', 'qcow2', layer])) as MapEntry[];
   for (let run = 0; run < runs; run++) {

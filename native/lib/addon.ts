@@ -38,6 +38,7 @@ export interface RawSessionOptions {
   sink:
     | (RawConnect & { kind: 'nbd'; connections: number })
     | { kind: 'file'; path: string; isZeroed: boolean }
+    | { kind: 'append'; path: string; startOffset: number }
     | { kind: 'null' };
   diskBytes: number;
   clusterBytes: number;
@@ -62,6 +63,7 @@ export interface RawCopySession {
   /** Throws RangeError for a plan that cannot be executed. */
   submit(window: RawWindow): Promise<WindowResult>;
   blockStatus(offset: number, length: number): Promise<BlockStatus>;
+  reserve(bytes: number): number;
   progress(): CopyProgress;
   setRateLimit(bytesPerSecond: number): void;
   flush(): Promise<void>;

@@ -3,6 +3,7 @@ import { addon, type RawCopySession, type RawSessionOptions } from './addon.js';
 import { NbdError, settled } from './errors.js';
 import {
   HASH_BYTES,
+  type AppendSink,
   type BlockStatus,
   type CopyProgress,
   type CopySession,
@@ -51,7 +52,7 @@ export async function openCopySession(
   signal?.addEventListener('abort', onAbort, { once: true });
   try {
     const info = await settled(raw.open());
-    return new Session(raw, { info, stopListening });
+    return new Session(raw, { info, stopListening, isAppending: options.sink.kind === 'append' });
   } catch (error) {
     stopListening();
     await raw.close();
@@ -76,7 +77,7 @@ function toRawOptions(options: CopySessionOptions): RawSessionOptions {
   }
   return {
     source: toRawSource(options.source, connectTimeoutMs),
-    sink: toRawSink(options.sink, connectTimeoutMs),
+    sink: toRawSink(options.sink, { connectTimeoutMs, clusterBytes }),
     diskBytes: checkInteger('diskBytes', options.diskBytes, { min: 1, max: Number.MAX_SAFE_INTEGER }),
     clusterBytes,
     requestBytes,
@@ -113,14 +114,21 @@ function toRawSource(
 }
 
 function toRawSink(
-  sink: NbdEndpoint | FileSink | NullSink,
-  connectTimeoutMs: number,
+  sink: NbdEndpoint | FileSink | AppendSink | NullSink,
+  options: { connectTimeoutMs: number; clusterBytes: number },
 ): RawSessionOptions['sink'] {
   switch (sink.kind) {
     case 'nbd':
-      return toRawEndpoint(sink, connectTimeoutMs);
+      return toRawEndpoint(sink, options.connectTimeoutMs);
     case 'file':
       return { kind: 'file', path: checkText('path', sink.path), isZeroed: sink.isZeroed };
+    case 'append': {
+      const startOffset = checkBytes('startOffset', sink.startOffset);
+      if (startOffset % options.clusterBytes !== 0) {
+        throw new RangeError('startOffset must be a multiple of clusterBytes');
+      }
+      return { kind: 'append', path: checkText('path', sink.path), startOffset };
+    }
     case 'null':
       return { kind: 'null' };
   }
@@ -129,15 +137,21 @@ function toRawSink(
 class Session implements CopySession {
   readonly #raw: RawCopySession;
   readonly #stopListening: () => void;
+  readonly #isAppending: boolean;
   readonly sourceInfo: ExportInfo | undefined;
   readonly sinkInfo: ExportInfo | undefined;
 
   constructor(
     raw: RawCopySession,
-    opened: { info: { source?: ExportInfo; sink?: ExportInfo }; stopListening: () => void },
+    opened: {
+      info: { source?: ExportInfo; sink?: ExportInfo };
+      stopListening: () => void;
+      isAppending: boolean;
+    },
   ) {
     this.#raw = raw;
     this.#stopListening = opened.stopListening;
+    this.#isAppending = opened.isAppending;
     this.sourceInfo = opened.info.source;
     this.sinkInfo = opened.info.sink;
   }
@@ -161,6 +175,11 @@ class Session implements CopySession {
         collectMismatches: window.collectMismatches ?? false,
       }),
     );
+  }
+
+  reserve(bytes: number): number {
+    if (!this.#isAppending) throw new TypeError('only an append sink has places to reserve');
+    return this.#raw.reserve(checkBytes('bytes', bytes));
   }
 
   progress(): CopyProgress {

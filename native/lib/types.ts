@@ -113,6 +113,19 @@ export interface FileSink {
   isZeroed: boolean;
 }
 
+/**
+ * A file that grows at its end, opened for writing by path; must exist. Clusters that are not zero are written from
+ * `startOffset` on in the order they come, and `WindowResult.places` says where; zero ones take no place. Windows
+ * need `emitEntries`. What lies beyond `startOffset` must read as zero: a cluster that the end of the disk cuts is
+ * not filled up. Errors of writing name the position in the file.
+ */
+export interface AppendSink {
+  kind: 'append';
+  path: string;
+  /** A multiple of clusterBytes. */
+  startOffset: number;
+}
+
 /** Reads and judges without writing: verification. */
 export interface NullSink {
   kind: 'null';
@@ -120,7 +133,7 @@ export interface NullSink {
 
 export interface CopySessionOptions {
   source: NbdEndpoint | FilesSource;
-  sink: NbdEndpoint | FileSink | NullSink;
+  sink: NbdEndpoint | FileSink | AppendSink | NullSink;
   /** Exact size of the disk in bytes; the last cluster is hashed up to here, never beyond. Nothing is read beyond it. */
   diskBytes: number;
   hash: HashAlgorithm;
@@ -184,6 +197,8 @@ export interface WindowResult {
    * A `skip`ped zero cluster and an equal cluster of a compare have none.
    */
   entries: Buffer;
+  /** `append` sink: the position in its file for each entry, 0 for a zero cluster. Else empty. */
+  places: Float64Array;
   bytesRead: number;
   bytesWritten: number;
   /** Bytes for which zeroes were written. */
@@ -218,6 +233,11 @@ export interface CopySession extends AsyncDisposable {
   /** Block status on the session's own first source connection, so that a server with one place for clients suffices. */
   blockStatus(offset: number, length: number): Promise<BlockStatus>;
   submit(window: CopyWindow): Promise<WindowResult>;
+  /**
+   * Takes whole clusters for so many bytes at the end of an `append` sink's file, for the caller to write; answers
+   * their position. TypeError for other sinks.
+   */
+  reserve(bytes: number): number;
   progress(): CopyProgress;
   setRateLimit(bytesPerSecond: number): void;
   /** Flushes the sink (NBD flush, fdatasync). Call after the last window has settled; success is not claimed without it. */

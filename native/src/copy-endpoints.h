@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -113,6 +114,8 @@ class FilesSource : public CopySource {
 
 struct FileSinkOptions {
   std::shared_ptr<OpenFile> file;
+  // Where an appended file ends by now; else null, and bytes lie in the file as on the disk.
+  const std::atomic<uint64_t>* append_end = nullptr;
   bool is_zeroed = false;
   bool flushes = false;  // one worker flushes for all: they share the file
   DiskShape shape;

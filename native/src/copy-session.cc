@@ -19,7 +19,9 @@ constexpr int kJoinMs = 1500;
 constexpr int kFileWorkers = 4;
 }  // namespace
 
-CopySession::CopySession(SessionSpec spec) : spec_(std::move(spec)) { rate_limit_.Set(spec_.rate_limit); }
+CopySession::CopySession(SessionSpec spec) : spec_(std::move(spec)), append_end_(spec_.sink.start_offset) {
+  rate_limit_.Set(spec_.rate_limit);
+}
 
 CopySession::~CopySession() = default;
 
@@ -70,7 +72,7 @@ void CopySession::OpenFiles() {
       source_files_->push_back(std::make_shared<OpenFile>(path, O_RDONLY, "openSource"));
     }
   }
-  if (spec_.sink.kind == SinkSpec::Kind::kFile) {
+  if (spec_.sink.kind == SinkSpec::Kind::kFile || spec_.sink.kind == SinkSpec::Kind::kAppend) {
     sink_file_ = std::make_shared<OpenFile>(spec_.sink.path, O_WRONLY, "openSink");
   }
 }
@@ -85,7 +87,11 @@ std::unique_ptr<CopySink> CopySession::OpenSink(Wake& wake, Heart& heart, bool f
     case SinkSpec::Kind::kNull:
       return std::make_unique<NullSink>();
     case SinkSpec::Kind::kFile:
-      return std::make_unique<FileSink>(FileSinkOptions{sink_file_, spec_.sink.is_zeroed, flushes, spec_.shape}, heart);
+      return std::make_unique<FileSink>(
+          FileSinkOptions{sink_file_, nullptr, spec_.sink.is_zeroed, flushes, spec_.shape}, heart);
+    case SinkSpec::Kind::kAppend:
+      // Zero clusters take no place; whoever asked for the copy notes them.
+      return std::make_unique<FileSink>(FileSinkOptions{sink_file_, &append_end_, true, flushes, spec_.shape}, heart);
     case SinkSpec::Kind::kNbd:
       break;
   }
@@ -229,6 +235,11 @@ void CopySession::Flush(std::function<void(const Failure*)> settle) {
     settle(&*refusal);
   else
     WakeWorkers();
+}
+
+uint64_t CopySession::Reserve(uint64_t bytes) {
+  const uint64_t cluster = spec_.shape.cluster_bytes;
+  return append_end_.fetch_add((bytes + cluster - 1) / cluster * cluster);
 }
 
 SessionProgress CopySession::progress() const {

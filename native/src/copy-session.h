@@ -26,11 +26,12 @@ struct SourceSpec {
 };
 
 struct SinkSpec {
-  enum class Kind { kNbd, kFile, kNull } kind = Kind::kNull;
+  enum class Kind { kNbd, kFile, kAppend, kNull } kind = Kind::kNull;
   ConnectSpec nbd;
   int connections = 1;
   std::string path;
   bool is_zeroed = false;
+  uint64_t start_offset = 0;
 };
 
 struct SessionSpec {
@@ -79,6 +80,8 @@ class CopySession : public Stoppable, public std::enable_shared_from_this<CopySe
   void Submit(WindowSpec window, PlanWindow::Settle settle);
   void BlockStatus(std::unique_ptr<StatusRequest> request);
   void Flush(std::function<void(const Failure*)> settle);
+  // Answers the place of whole clusters for so many bytes at the end of an appended file: theirs alone.
+  uint64_t Reserve(uint64_t bytes);
   SessionProgress progress() const;
   void SetRateLimit(double bytes_per_second);
   // The first failure counts: everything outstanding and everything later ends with it.
@@ -139,6 +142,7 @@ class CopySession : public Stoppable, public std::enable_shared_from_this<CopySe
   std::atomic<bool> is_ending_{false}, has_failed_{false};
   Wake opening_;
 
+  std::atomic<uint64_t> append_end_;
   std::atomic<uint64_t> bytes_read_{0}, bytes_written_{0}, bytes_zeroed_{0}, bytes_skipped_{0};
   std::atomic<int> requests_in_flight_{0}, source_connections_{0}, sink_connections_{0};
 };

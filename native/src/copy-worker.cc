@@ -160,13 +160,21 @@ void CopyWorker::AfterRead(Slot& slot) {
   slot.stage = Slot::Stage::kWriting;
   slot.Begin("pwrite");
   for (const SinkRun& run : slot.runs) {
-    const uint64_t offset = slot.task.offset + run.start;
     if (run.is_zero)
-      sink_->Zero(run.length, offset, slot);
+      sink_->Zero(run.length, slot.task.offset + run.start, slot);
     else
-      sink_->Write(slot.buffer.data() + run.start, run.length, offset, slot);
+      sink_->Write(slot.buffer.data() + run.start, run.length, PlaceOf(slot.task, run), slot);
   }
   slot.Seal();
+}
+
+// Where the run goes in the sink.
+uint64_t CopyWorker::PlaceOf(const Task& task, const SinkRun& run) {
+  const DiskShape& shape = session_.spec().shape;
+  if (!shape.sink_places) return task.offset + run.start;
+  const uint64_t place = session_.Reserve(run.length);
+  task.window->Place(task.first_entry + run.start / shape.cluster_bytes, run.length, place);
+  return place;
 }
 
 void CopyWorker::Finish(Slot& slot) {

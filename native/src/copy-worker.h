@@ -44,6 +44,7 @@ class CopyWorker : private Heart {
   void Fill();
   void Start(Slot& slot);
   void AfterRead(Slot& slot);
+  uint64_t PlaceOf(const Task& task, const SinkRun& run);
   void Finish(Slot& slot);
   void RunReady();
   void TakeStatuses();

@@ -61,7 +61,7 @@ void FilesSource::Read(const Task& task, RequestBuffer& buffer, Io& io) {
 }
 
 FileSink::FileSink(FileSinkOptions options, Heart& heart) : options_(std::move(options)), heart_(heart) {
-  if (options_.file->size() < options_.shape.disk_bytes) {
+  if (options_.append_end == nullptr && options_.file->size() < options_.shape.disk_bytes) {
     throw Failure("NBD_REQUEST", "open",
                   "the target holds " + std::to_string(options_.file->size()) + " bytes, fewer than the " +
                       std::to_string(options_.shape.disk_bytes) + " of the disk",
@@ -112,7 +112,8 @@ void FileSink::Flush(Io&) {
   if (!options_.flushes) return;
   const int fd = options_.file->fd();
   // In steps, so that a slow disk shows progress and a cancel is heard; then once for the metadata.
-  for (uint64_t at = 0; at < options_.shape.disk_bytes; at += kFlushStep) {
+  const uint64_t end = options_.append_end == nullptr ? options_.shape.disk_bytes : options_.append_end->load();
+  for (uint64_t at = 0; at < end; at += kFlushStep) {
     heart_.Beat();
     const unsigned all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
     if (sync_file_range(fd, static_cast<off_t>(at), kFlushStep, all) != 0) {

@@ -1,5 +1,6 @@
 #include "js-values.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 
@@ -68,6 +69,12 @@ Napi::Object BlockStatusObject(Napi::Env env, const StatusMap& status) {
     object[context] = list;
   }
   return object;
+}
+
+Napi::Float64Array NumbersFrom(Napi::Env env, const std::vector<double>& numbers) {
+  Napi::Float64Array list = Napi::Float64Array::New(env, numbers.size());
+  std::copy(numbers.begin(), numbers.end(), list.Data());
+  return list;
 }
 
 Napi::Value BufferFrom(Napi::Env env, std::vector<uint8_t> bytes) {

@@ -20,6 +20,7 @@ ConnectSpec ConnectSpecFrom(const Napi::Object& object);
 
 Napi::Object ExportInfoObject(Napi::Env env, const ExportFacts& facts);
 Napi::Object BlockStatusObject(Napi::Env env, const StatusMap& status);
+Napi::Float64Array NumbersFrom(Napi::Env env, const std::vector<double>& numbers);
 // A Buffer that owns the bytes, without copying them where Node allows it.
 Napi::Value BufferFrom(Napi::Env env, std::vector<uint8_t> bytes);
 

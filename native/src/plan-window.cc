@@ -60,6 +60,7 @@ std::string PlanWindow::Check(const WindowSpec& spec, const DiskShape& shape) {
     clusters += count;
     if (row[2] == 0) read_clusters += count;
   }
+  if (shape.sink_places && !spec.emits_entries) return "an append sink needs a window with entries";
   if (spec.emits_entries && clusters > kMaxEntries) return "a window with entries may have at most 4194304 clusters";
   const uint64_t stride = 1 + HashBytes(shape.hash);
   if (spec.expect_policy != ExpectPolicy::kNone && spec.expect.size() != read_clusters * stride) {
@@ -76,6 +77,7 @@ PlanWindow::PlanWindow(WindowSpec spec, const DiskShape& shape, Settle settle)
   uint64_t clusters = 0;
   for (size_t i = 0; i < spec_.rows.size() / kRowNumbers; i++) clusters += ClustersOf(RowAt(i).length);
   entries_.assign(clusters * entry_bytes_, 0xff);
+  if (shape_.sink_places) places_.assign(clusters, 0);
 }
 
 PlanWindow::Row PlanWindow::RowAt(size_t index) const {
@@ -144,17 +146,23 @@ void PlanWindow::Emit(size_t ordinal, uint64_t cluster, const uint8_t* hash) {
     std::memcpy(entry + 8, hash, entry_bytes_ - 8);
 }
 
-std::vector<uint8_t> PlanWindow::TakeEntries() {
+void PlanWindow::Place(size_t ordinal, uint64_t length, uint64_t place) {
+  for (uint64_t at = 0; at < length; at += shape_.cluster_bytes) places_[ordinal++] = static_cast<double>(place + at);
+}
+
+Entries PlanWindow::TakeEntries() {
   size_t kept = 0;
-  for (size_t at = 0; at < entries_.size(); at += entry_bytes_) {
+  for (size_t ordinal = 0; ordinal < entries_.size() / entry_bytes_; ordinal++) {
     uint64_t index;
-    std::memcpy(&index, &entries_[at], sizeof index);
+    std::memcpy(&index, &entries_[ordinal * entry_bytes_], sizeof index);
     if (index == kNoEntry) continue;
-    if (kept != at) std::memmove(&entries_[kept], &entries_[at], entry_bytes_);
-    kept += entry_bytes_;
+    if (kept != ordinal) std::memmove(&entries_[kept * entry_bytes_], &entries_[ordinal * entry_bytes_], entry_bytes_);
+    if (!places_.empty()) places_[kept] = places_[ordinal];
+    kept++;
   }
-  entries_.resize(kept);
-  return std::move(entries_);
+  entries_.resize(kept * entry_bytes_);
+  if (!places_.empty()) places_.resize(kept);
+  return {std::move(entries_), std::move(places_)};
 }
 
 }  // namespace holdfast

@@ -20,6 +20,7 @@ struct DiskShape {
   uint32_t request_bytes = 0;
   HashKind hash = HashKind::kXxh3_128;
   size_t file_count = 0;  // 0 for an NBD source
+  bool sink_places = false;  // the sink decides where bytes go, and the result says where
 };
 
 struct WindowSpec {
@@ -36,6 +37,11 @@ struct WindowOutcome {
   std::vector<double> mismatches;
 
   void Add(const WindowOutcome& other);
+};
+
+struct Entries {
+  std::vector<uint8_t> packed;
+  std::vector<double> places;
 };
 
 class PlanWindow;
@@ -76,8 +82,10 @@ class PlanWindow {
   const uint8_t* expected(size_t ordinal) const;
   // Records that the sink now holds this cluster; null hash for a zero cluster.
   void Emit(size_t ordinal, uint64_t cluster, const uint8_t* hash);
-  // The entries that were recorded, ascending. To be called once, when complete.
-  std::vector<uint8_t> TakeEntries();
+  // Records that the clusters from this one on, `length` bytes, went to the sink's file at `place`.
+  void Place(size_t ordinal, uint64_t length, uint64_t place);
+  // What was recorded, ascending; a place for each entry, or none at all. To be called once, when complete.
+  Entries TakeEntries();
   WindowOutcome& outcome() { return outcome_; }
   void SettleWith(const Failure* failure) { settle_(*this, failure); }
 
@@ -102,6 +110,7 @@ class PlanWindow {
   size_t tasks_out_ = 0;
   size_t entry_bytes_;
   std::vector<uint8_t> entries_;
+  std::vector<double> places_;
   WindowOutcome outcome_;
 };
 

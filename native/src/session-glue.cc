@@ -33,6 +33,11 @@ SessionSpec SessionSpecFrom(const Napi::Object& options) {
     spec.sink.kind = SinkSpec::Kind::kFile;
     spec.sink.path = StringField(sink, "path");
     spec.sink.is_zeroed = BoolField(sink, "isZeroed");
+  } else if (kind == "append") {
+    spec.sink.kind = SinkSpec::Kind::kAppend;
+    spec.sink.path = StringField(sink, "path");
+    spec.sink.start_offset = static_cast<uint64_t>(NumberField(sink, "startOffset"));
+    spec.shape.sink_places = true;
   }
   spec.shape.disk_bytes = static_cast<uint64_t>(NumberField(options, "diskBytes"));
   spec.shape.cluster_bytes = static_cast<uint32_t>(NumberField(options, "clusterBytes"));
@@ -62,21 +67,20 @@ WindowSpec WindowSpecFrom(const Napi::Object& object) {
 
 struct FinishedWindow {
   WindowOutcome outcome;
-  std::vector<uint8_t> entries;
+  Entries entries;
 };
 
 Napi::Object WindowResultObject(Napi::Env env, FinishedWindow& window) {
   Napi::Object result = Napi::Object::New(env);
-  result["entries"] = BufferFrom(env, std::move(window.entries));
+  result["entries"] = BufferFrom(env, std::move(window.entries.packed));
+  result["places"] = NumbersFrom(env, window.entries.places);
   result["bytesRead"] = Napi::Number::New(env, static_cast<double>(window.outcome.bytes_read));
   result["bytesWritten"] = Napi::Number::New(env, static_cast<double>(window.outcome.bytes_written));
   result["bytesZeroed"] = Napi::Number::New(env, static_cast<double>(window.outcome.bytes_zeroed));
   result["bytesSkipped"] = Napi::Number::New(env, static_cast<double>(window.outcome.bytes_skipped));
   auto& found = window.outcome.mismatches;
   std::sort(found.begin(), found.end());
-  Napi::Float64Array mismatches = Napi::Float64Array::New(env, found.size());
-  for (size_t i = 0; i < found.size(); i++) mismatches[i] = found[i];
-  result["mismatches"] = mismatches;
+  result["mismatches"] = NumbersFrom(env, found);
   return result;
 }
 
@@ -88,6 +92,7 @@ class CopySessionObject : public Napi::ObjectWrap<CopySessionObject> {
         env, "RawCopySession",
         {InstanceMethod<&CopySessionObject::Open>("open"), InstanceMethod<&CopySessionObject::Submit>("submit"),
          InstanceMethod<&CopySessionObject::BlockStatus>("blockStatus"),
+         InstanceMethod<&CopySessionObject::Reserve>("reserve"),
          InstanceMethod<&CopySessionObject::Progress>("progress"),
          InstanceMethod<&CopySessionObject::SetRateLimit>("setRateLimit"),
          InstanceMethod<&CopySessionObject::Flush>("flush"), InstanceMethod<&CopySessionObject::Cancel>("cancel"),
@@ -149,6 +154,11 @@ class CopySessionObject : public Napi::ObjectWrap<CopySessionObject> {
     };
     session_->BlockStatus(std::move(request));
     return settler->promise();
+  }
+
+  Napi::Value Reserve(const Napi::CallbackInfo& info) {
+    const uint64_t place = session_->Reserve(static_cast<uint64_t>(info[0].As<Napi::Number>().DoubleValue()));
+    return Napi::Number::New(info.Env(), static_cast<double>(place));
   }
 
   Napi::Value Progress(const Napi::CallbackInfo& info) {

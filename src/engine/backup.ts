@@ -166,7 +166,6 @@ async function openCaptures(backup: Backup, { plans, snapshot, cleanup }: Captur
     vmId: vm.id,
     runId: run.id,
     settings: context.settings.nbd,
-    place: { runtimeDirectory: context.socketDirectory, registry: context.registry, owner: run.id },
     bytesPerSecond: request.bytesPerSecond,
     signal: run.signal,
   };

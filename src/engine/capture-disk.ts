@@ -1,6 +1,7 @@
 import {
   LAYER_ABSENT,
   type ComposedSums,
+  type LayerTables,
   type Lease,
   type PartialLayer,
   type Repository,
@@ -18,7 +19,6 @@ import {
 } from '../nbd/copy-windows.js';
 import { walkClusters, type ClusterMap } from '../nbd/extents.js';
 import { HASH_BYTES, openCopySession, type CopySession, type CopyWindow } from '../nbd/index.js';
-import { startQemuNbd, type QemuNbd, type ServerPlace } from '../nbd/qemu-nbd.js';
 import type { DiskProbe, SnapshotDisk } from '../source/source.js';
 import type { CaptureDecision } from './capture-decision.js';
 import type { EngineSettings } from './context.js';
@@ -33,7 +33,6 @@ export interface CaptureContext {
   vmId: VmId;
   runId: RunId;
   settings: EngineSettings['nbd'];
-  place: ServerPlace;
   bytesPerSecond: number;
   signal: AbortSignal;
 }
@@ -57,8 +56,8 @@ export interface CaptureMeasure {
 
 /**
  * One disk's capture: the source's snapshot is held by the caller for as long as this lives, the partial
- * layer is there and served by a private qemu-nbd, and the copy session stands between them.
- * Dispose it in any case; `transfer` leaves a flushed layer whose sink has been stopped.
+ * layer is there, and the copy session appends to it what it reads. Dispose it in any case; `transfer`
+ * leaves a layer that is whole and flushed.
  */
 export interface DiskCapture extends AsyncDisposable {
   readonly plan: DiskPlan;
@@ -77,7 +76,7 @@ export async function openCapture(
   source: SnapshotDisk,
 ): Promise<DiskCapture> {
   await using undo = new CleanupStack();
-  const { repository, settings, signal } = context;
+  const { repository } = context;
   const layer = await repository.createLayer(
     {
       vmId: context.vmId,
@@ -90,32 +89,23 @@ export async function openCapture(
     context.lease,
   );
   undo.defer(() => repository.discardLayer(layer));
-  const sink = undo.use(
-    await startQemuNbd({
-      imagePath: layer.path,
-      format: 'qcow2',
-      isReadOnly: false,
-      connections: settings.connections,
-      signal,
-      ...context.place,
-    }),
-  );
-  const session = undo.use(await openSession(context, { plan, source, sink }));
+  const tables = undo.use(await layer.openTables());
+  const session = undo.use(await openSession(context, { plan, source, layer, tables }));
   requireSourceSize(session, plan.probe.sizeBytes);
-  const capture = new NbdCapture({ context, plan, source, session, sink, layer });
+  const capture = new NbdCapture({ context, plan, source, session, tables, layer });
   undo.release();
   return capture;
 }
 
 async function openSession(
   context: CaptureContext,
-  parts: { plan: DiskPlan; source: SnapshotDisk; sink: QemuNbd },
+  parts: { plan: DiskPlan; source: SnapshotDisk; layer: PartialLayer; tables: LayerTables },
 ): Promise<CopySession> {
   const { settings, repository, signal } = context;
   return openCopySession(
     {
       source: parts.source.endpoint,
-      sink: { kind: 'nbd', uri: parts.sink.uri, connections: settings.connections },
+      sink: { kind: 'append', path: parts.layer.path, startOffset: parts.tables.startOffset },
       diskBytes: parts.plan.probe.sizeBytes,
       hash: repository.marker.hash,
       clusterBytes: CLUSTER_BYTES,
@@ -136,7 +126,7 @@ class NbdCapture implements DiskCapture {
   readonly #parts: {
     context: CaptureContext;
     session: CopySession;
-    sink: QemuNbd;
+    tables: LayerTables;
   };
   #isFinished = false;
 
@@ -145,7 +135,7 @@ class NbdCapture implements DiskCapture {
     plan: DiskPlan;
     source: SnapshotDisk;
     session: CopySession;
-    sink: QemuNbd;
+    tables: LayerTables;
     layer: PartialLayer;
   }) {
     this.plan = parts.plan;
@@ -169,15 +159,16 @@ class NbdCapture implements DiskCapture {
   }
 
   async transfer(onProgress: (totals: CopyTotals) => void): Promise<CopyTotals> {
-    const { session, sink } = this.#parts;
+    const { session, tables } = this.#parts;
     const ticker = setInterval(() => {
       onProgress(session.progress());
     }, 250);
     try {
       const totals = await this.#copyAll();
+      await tables.finish(this.#reserve);
       await session.flush();
       await session.close();
-      await sink.stop();
+      await tables.close();
       onProgress(totals);
       return totals;
     } finally {
@@ -190,21 +181,25 @@ class NbdCapture implements DiskCapture {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    const { session, sink, context } = this.#parts;
+    const { session, tables, context } = this.#parts;
     await using undo = new CleanupStack();
     if (!this.#isFinished) undo.defer(() => context.repository.discardLayer(this.layer));
-    undo.use(sink);
+    undo.use(tables);
     undo.use(session);
   }
 
   async #copyAll(): Promise<CopyTotals> {
+    const { session, tables } = this.#parts;
     let totals = NOTHING_COPIED;
-    await copyWindows(this.#parts.session, this.#windows(), async (result) => {
+    await copyWindows(session, this.#windows(), async (result) => {
       await this.layer.sums.append(result.entries);
+      await tables.append(result, this.#reserve);
       totals = addTotals(totals, result);
     });
     return totals;
   }
+
+  readonly #reserve = (bytes: number): number => this.#parts.session.reserve(bytes);
 
   async *#windows(): AsyncGenerator<CopyWindow> {
     for await (const map of this.#walk()) {

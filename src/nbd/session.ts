@@ -70,6 +70,7 @@ export async function openCopySession(
     sinkInfo: session.sinkInfo,
     blockStatus,
     submit: (window) => mapped(session.submit(window), control),
+    reserve: (bytes) => session.reserve(bytes),
     progress: () => session.progress(),
     setRateLimit: (bytesPerSecond) => {
       session.setRateLimit(bytesPerSecond);

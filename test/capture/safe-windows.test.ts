@@ -25,6 +25,7 @@ const result = (text: string): WindowResult => ({
   ...NOTHING_COPIED,
   bytesRead: 10,
   mismatches: new Float64Array(),
+  places: new Float64Array(),
 });
 const digestOf = (text: string): string => createHash('sha256').update(text).digest('hex');
 const later = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));

@@ -30,7 +30,7 @@ Measures Holdfast beside nbdcopy and qemu-img convert on the same disk: a full b
   --help            this text
 
 Holdfast is measured from the request to its API until the run is completed, which is after the commit;
-its processes are the daemon and all that it starts (the qemu-nbd it writes through, Redis). A tool's are
+its processes are the daemon and all that it starts (qemu-img, Redis). A tool's are
 itself and the qemu-nbd it writes through. The server of the source is in neither.
 
 The running machine is a real guest under emulation that writes 4 KiB, durably, all the time, to random
