@@ -124,14 +124,14 @@ describe('a connection that is lost', () => {
 });
 
 describe('what a server says to a request', () => {
-  it('a layer without room ends it at once', async () => {
+  it.each(['tcp', 'unix'] as const)('a layer without room ends it at once, over %s', async (via) => {
     await using tmpfs = await mountTmpfs({ path: rig.lab.file('small'), sizeBytes: 8 * MIB });
     const image = `${tmpfs.path}/full.qcow2`;
     await makeQcow2({ path: image, sizeBytes: DISK_BYTES });
     await rig.exportd.write('full.conf', definition('full', image, { isReadOnly: false }));
     await rig.exportd.reload();
     await using source = await rig.source({ kind: 'image', path: truth, format: 'raw', bitmap: null });
-    const started = startPush([disk(source, rig.exportd.unix('full'))]);
+    const started = startPush([disk(source, rig.exportd[via]('full'))]);
     await expect(started.ended).rejects.toMatchObject({ code: 'REPOSITORY_FULL' });
     expect(started.notes).toEqual([]);
     await rig.exportd.remove('full.conf');

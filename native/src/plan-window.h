@@ -19,7 +19,7 @@ struct DiskShape {
   uint32_t cluster_bytes = 0;
   uint32_t request_bytes = 0;
   HashKind hash = HashKind::kXxh3_128;
-  size_t file_count = 0;  // 0 for an NBD source
+  size_t file_count = 0;     // 0 for an NBD source
   bool sink_places = false;  // the sink decides where bytes go, and the result says where
 };
 

@@ -57,7 +57,7 @@ export interface CopySettings {
   bytesPerSecond: number;
   /** How long a lost connection may stay lost. */
   retryMs: number;
-  /** How much is copied between flushes: up to twice as much is copied again when a connection is lost. Default 512 MiB. */
+  /** How much is copied between flushes; up to three times as much comes again after a lost connection. Default 512 MiB. */
   flushBytes?: number;
   /** Remarks for the user. */
   notify: (text: string) => void;

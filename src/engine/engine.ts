@@ -1,15 +1,6 @@
 import type { Consistency } from '../lib/consistency.js';
 import type { ExportIdentity } from '../exports/index.js';
-import type {
-  DiskId,
-  ExportId,
-  PointId,
-  RepositoryId,
-  RunId,
-  TokenId,
-  VmId,
-  VolumeId,
-} from '../lib/id.js';
+import type { DiskId, ExportId, PointId, RepositoryId, RunId, TokenId, VmId, VolumeId } from '../lib/id.js';
 import type { HashAlgorithm } from '../nbd/index.js';
 import type { DiscoveryPlace } from '../source/open-source.js';
 import type { ConsistencyWish, DiskSource } from '../source/source.js';

@@ -189,7 +189,8 @@ export const ERROR_CATALOGUE = {
   },
   VOLUME_MISMATCH: {
     retryable: false,
-    remedy: 'Another device is where the volume was; look at `holdfast volume show` before anything is written.',
+    remedy:
+      'Another device is where the volume was; look at `holdfast volume show` before anything is written.',
   },
   VOLUME_IN_USE: {
     retryable: false,

@@ -68,10 +68,13 @@ export function addCaptureCommand(program: Command, context: CommandContext): vo
 
 type Request = CaptureRequest & { vm: string; repository: string };
 
-/** A disk that was asked for, as the daemon has it recorded, and opened here. */
-interface OpenDisk {
+/** A disk that was asked for, and as the daemon has it recorded. */
+interface WantedDisk {
   request: DiskRequest;
-  recorded: { id: string; name: string; sizeBytes: number };
+  recorded: { id: string; sizeBytes: number };
+}
+
+interface OpenDisk extends WantedDisk {
   source: CaptureSource;
 }
 
@@ -79,9 +82,11 @@ async function capture(session: Session, request: Request): Promise<ExitCode> {
   const api = await session.api();
   const vm = await findVm(api, request.vm);
   const repository = await findRepository(api, request.repository);
-  const recorded = request.disks.map(({ disk }) => findDisk(vm.disks, disk));
-  if (new Set(recorded).size < recorded.length) throw usageFailure('--disk: two are the same disk');
-  const run = await pushAll(session, request, { vmId: vm.id, repositoryId: repository.id, recorded });
+  const wanted = request.disks.map((disk) => ({ request: disk, recorded: findDisk(vm.disks, disk.disk) }));
+  if (new Set(wanted.map(({ recorded }) => recorded)).size < wanted.length) {
+    throw usageFailure('--disk: two are the same disk');
+  }
+  const run = await pushAll(session, request, { vmId: vm.id, repositoryId: repository.id, wanted });
   return followRun(session, run);
 }
 
@@ -89,10 +94,10 @@ async function capture(session: Session, request: Request): Promise<ExitCode> {
 async function pushAll(
   session: Session,
   request: Request,
-  { vmId, repositoryId, recorded }: { vmId: string; repositoryId: string; recorded: OpenDisk['recorded'][] },
+  { vmId, repositoryId, wanted }: { vmId: string; repositoryId: string; wanted: readonly WantedDisk[] },
 ): Promise<Schemas['Run']> {
   await using cleanup = new CleanupStack();
-  const disks = await openDisks(session, request, { recorded, cleanup });
+  const disks = await openDisks(session, request, { wanted, cleanup });
   const { type, identity, consistency } = request;
   const push = { identity, consistency, disks: disks.map(toRequestDisk) };
   const body = { vmId, repositoryId, source: 'push', type, whenBusy: 'refuse', push } as const;
@@ -105,16 +110,14 @@ async function pushAll(
 async function openDisks(
   { environment }: Session,
   request: Request,
-  parts: { recorded: readonly OpenDisk['recorded'][]; cleanup: CleanupStack },
+  { wanted, cleanup }: { wanted: readonly WantedDisk[]; cleanup: CleanupStack },
 ): Promise<OpenDisk[]> {
-  const runtimeDirectory = parts.cleanup.use(await makePrivateDirectory()).path;
+  const runtimeDirectory = cleanup.use(await makePrivateDirectory()).path;
   const control = { runtimeDirectory, connections: request.connections, signal: environment.signal };
   const disks: OpenDisk[] = [];
-  for (const [index, recorded] of parts.recorded.entries()) {
-    const disk = request.disks[index];
-    if (disk === undefined) continue;
-    const source = parts.cleanup.use(await openCaptureSource(disk.source, control));
-    disks.push({ request: disk, recorded, source });
+  for (const disk of wanted) {
+    const source = cleanup.use(await openCaptureSource(disk.request.source, control));
+    disks.push({ ...disk, source });
   }
   return disks;
 }
@@ -151,6 +154,7 @@ async function pushInto(
   try {
     if (signal.aborted) cancel();
     await copyDisks(session, request, parts);
+    if (signal.aborted) throw interruptedFailure();
   } catch (error) {
     if (!(error instanceof PushOver) || signal.aborted) {
       cancel();
