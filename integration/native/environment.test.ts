@@ -1,7 +1,7 @@
 import { writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
-import { runTool } from '../../src/lib/process.js';
+import { runTool, ToolError } from '../../src/lib/process.js';
 import { makeRaw } from '../lab/disk-image.js';
 import { makeLabDirectory, type LabDirectory } from '../lab/directory.js';
 import { startNbdkit, startQemuNbd, type LabNbdServer } from '../lab/nbd-server.js';
@@ -65,11 +65,16 @@ async function runChild(
   await writeFile(file, PRELUDE() + script);
   const leaks = options.findLeaks === true ? 'detect_leaks=1' : 'detect_leaks=0';
   const environment = SANITIZER.map((it) => it.replace('detect_leaks=0', leaks));
-  return runTool('env', [...environment, 'node', '--expose-gc', file], {
-    timeoutMs: 25_000,
-    cwd: ROOT,
-    acceptExitCodes: options.acceptExitCodes ?? [0],
-  });
+  try {
+    return await runTool('env', [...environment, 'node', '--expose-gc', file], {
+      timeoutMs: 60_000,
+      cwd: ROOT,
+      acceptExitCodes: options.acceptExitCodes ?? [0],
+    });
+  } catch (error) {
+    if (error instanceof ToolError) throw new Error(`the child said: ${error.stderrTail}`, { cause: error });
+    throw error;
+  }
 }
 
 test('a process that exits with requests in flight exits with its own code', async () => {
