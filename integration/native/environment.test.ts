@@ -14,6 +14,8 @@ const SANITIZER = ['LD_PRELOAD', 'ASAN_OPTIONS', 'UBSAN_OPTIONS'].flatMap((name)
   const value = process.env[name];
   return value === undefined ? [] : [`${name}=${value}`];
 });
+/** No cache that other processes, and workers beside each other, read and write at the same time. */
+const ALONE = ['TSX_DISABLE_CACHE=1'];
 let lab: LabDirectory;
 let server: LabNbdServer;
 let count = 0;
@@ -66,7 +68,7 @@ async function runChild(
   const leaks = options.findLeaks === true ? 'detect_leaks=1' : 'detect_leaks=0';
   const environment = SANITIZER.map((it) => it.replace('detect_leaks=0', leaks));
   try {
-    return await runTool('env', [...environment, 'node', '--expose-gc', file], {
+    return await runTool('env', [...environment, ...ALONE, 'node', '--expose-gc', file], {
       timeoutMs: 60_000,
       cwd: ROOT,
       acceptExitCodes: options.acceptExitCodes ?? [0],
