@@ -5,6 +5,7 @@ import type { ErrorCode } from '../../src/lib/errors.js';
 import { runTool } from '../../src/lib/process.js';
 import { KIB, MIB } from '../../src/lib/units.js';
 import type { TargetSpec } from '../../src/target/target.js';
+import { makeLabDirectory } from '../lab/directory.js';
 import { expectCleanImage, exportRaw, firstDifference, makeQcow2, makeRaw } from '../lab/disk-image.js';
 import { startQemuNbd } from '../lab/nbd-server.js';
 import { mountTmpfs } from '../lab/tmpfs.js';
@@ -145,12 +146,14 @@ describe('the target of a restore', () => {
 
   it('is never one for two disks, however it is spelled', async () => {
     const path = rig.lab.file('one.raw');
-    await symlink(rig.lab.path, rig.lab.file('again'));
+    // Not in the lab: later tests walk through it.
+    await using elsewhere = await makeLabDirectory();
+    await symlink(rig.lab.path, elsewhere.file('again'));
     for (const other of [
       path,
       rig.lab.file('.', 'one.raw'),
       `${rig.lab.path}/./one.raw`,
-      rig.lab.file('again', 'one.raw'),
+      elsewhere.file('again', 'one.raw'),
     ]) {
       const answer = await rig.daemon.request('POST', '/restore/images', {
         pointId,

@@ -23,7 +23,11 @@ interface QmpAnswer {
 export async function connectQmp(socketPath: string): Promise<QmpClient> {
   const socket = net.connect(socketPath);
   await withDeadline(once(socket, 'connect'), { timeoutMs: COMMAND_TIMEOUT_MS, what: 'connecting to QMP' });
-  const lines = createInterface({ input: socket })[Symbol.asyncIterator]();
+  const reader = createInterface({ input: socket });
+  // QEMU that ends may reset the connection; whoever waits for an answer then finds it closed.
+  socket.on('error', () => undefined);
+  reader.on('error', () => undefined);
+  const lines = reader[Symbol.asyncIterator]();
   const nextAnswer = async (): Promise<QmpAnswer> => {
     for (;;) {
       const line = await lines.next();

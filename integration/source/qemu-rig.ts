@@ -359,7 +359,10 @@ export async function startProxy(
       return;
     }
     let isHolding = false;
-    createInterface({ input: client }).on('line', (line) => {
+    const lines = createInterface({ input: client });
+    // It repeats what its input says: a client that was killed.
+    lines.on('error', () => undefined);
+    lines.on('line', (line) => {
       const passed = isHolding ? null : onCommand(line);
       isHolding ||= passed === null;
       if (passed !== null) upstream.write(`${passed}\n`);

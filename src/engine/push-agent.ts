@@ -93,7 +93,8 @@ class AgentListener {
     const disks = this.#view.disks.map((disk) => {
       const row = rows.find(({ diskId }) => diskId === disk.diskId);
       const completion = (row?.completion ?? null) as PushCompletion | null;
-      this.#showProgress(disk, { ...(row?.progress as PushReport | null), ...completion });
+      const report = (row?.progress ?? {}) as Partial<PushReport>;
+      this.#showProgress(disk, completion === null ? report : completedReport(report, completion));
       return completion === null ? disk : { ...disk, isCompleted: true, changeIdTo: completion.changeId };
     });
     if (isDeepStrictEqual(disks, this.#view.disks)) return;
@@ -110,6 +111,12 @@ class AgentListener {
     }
     this.#push.run.updateDisk(diskId, change);
   }
+}
+
+/** An agent that is done before its first report never said how much there was to do. */
+function completedReport(report: Partial<PushReport>, completion: PushCompletion): Partial<PushReport> {
+  const { bytesRead, bytesZeroed } = completion;
+  return { ...completion, totalBytes: Math.max(report.totalBytes ?? 0, bytesRead + bytesZeroed) };
 }
 
 /** The columns were written by this engine; their shape is the code's own. */

@@ -83,7 +83,9 @@ describe('followAgent', () => {
   it('answers what the agent completed, and shows no more bytes than the disk has', async () => {
     const { completions, shown } = await follow([{ row: row() }, { row: row({ completion }) }]);
     expect(completions.get(diskId)).toEqual(completion);
-    expect(shown).toContainEqual({ bytesRead: 1000, bytesWritten: 7, bytesZeroed: 0, bytesSkipped: 0 });
+    expect(shown).toContainEqual({
+      ...{ totalBytes: 1000, bytesRead: 1000, bytesWritten: 7, bytesZeroed: 0, bytesSkipped: 0 },
+    });
     expect(shown.at(-1)).toMatchObject({ disks: [{ isCompleted: true, changeIdTo: 'b1' }] });
   });
 
