@@ -1,4 +1,4 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
@@ -119,10 +119,10 @@ describe('the status of the export daemon', () => {
       });
       const answer = reloadExportDaemon(place, { timeoutMs: 5000 });
       await expect.poll(() => signals, { timeout: 5000 }).toBe(2);
-      await writeFile(
-        file(),
-        JSON.stringify({ ...(await status()), generation: 7, readAtMs: hostMonotonicMs() }),
-      );
+      const read = { ...(await status()), generation: 7, readAtMs: hostMonotonicMs() };
+      // By rename, as the daemon does: somebody reads meanwhile.
+      await writeFile(`${file()}.new`, JSON.stringify(read));
+      await rename(`${file()}.new`, file());
       expect((await answer).generation).toBe(7);
     } finally {
       process.off('SIGHUP', onSignal);
