@@ -1,4 +1,4 @@
-import { writeFileSync } from 'node:fs';
+import { renameSync, writeFileSync } from 'node:fs';
 import { readdir, rm, stat, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, it, test } from 'vitest';
@@ -45,7 +45,8 @@ describe('publishing', () => {
       ...{ listeners: [], files: [], events: [] },
     };
     onReload = () => {
-      writeFileSync(statusFile, JSON.stringify({ ...status, readAtMs: hostMonotonicMs() }));
+      writeFileSync(`${statusFile}.new`, JSON.stringify({ ...status, readAtMs: hostMonotonicMs() }));
+      renameSync(`${statusFile}.new`, statusFile);
     };
     process.on('SIGHUP', onReload);
     await writeFile(statusFile, JSON.stringify(status));
